@@ -1,0 +1,1 @@
+"""Turn image collections into labels and embeddings with residual networks."""

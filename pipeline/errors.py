@@ -1,0 +1,172 @@
+"""What can go wrong, grouped by what to do next, and one table that brings foreign errors into it.
+
+    PipelineError                 a sentence for the person who reads it, and an exit code
+    ├── ConfigError               2  the config, the command line or the input listing: fix it and run again
+    ├── FatalError                1  running again will not help: credentials, weights, another model's dataset
+    │   ├── AccessDenied
+    │   ├── ModelMismatch
+    │   └── WeightsError
+    ├── TransientError            3  a store that is down: what is committed stays, run again
+    │   ├── StoreUnavailable
+    │   └── OutcomeUnknown           a write whose answer was lost: it may stand
+    ├── NotFound                     the object or bucket does not exist
+    ├── PreconditionFailed           a conditional write lost against another one
+    └── SourceChanged                a shard is no longer the one that was planned
+
+Bad images are not errors of the program: they are `Reject`s, and become error rows.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from dataclasses import dataclass
+
+
+class ExitCode(enum.IntEnum):
+    """What the process ends with."""
+
+    COMPLETE = 0
+    FAILED = 1
+    USAGE = 2
+    INCOMPLETE = 3
+
+
+class PipelineError(Exception):
+    """Base of all errors that are meant to be read: one sentence on what was wrong and what to do."""
+
+    exit_code = ExitCode.FAILED
+
+
+class ConfigError(PipelineError):
+    exit_code = ExitCode.USAGE
+
+
+class FatalError(PipelineError):
+    pass
+
+
+class AccessDenied(FatalError):
+    pass
+
+
+class ModelMismatch(FatalError):
+    pass
+
+
+class WeightsError(FatalError):
+    pass
+
+
+class TransientError(PipelineError):
+    exit_code = ExitCode.INCOMPLETE
+
+
+class StoreUnavailable(TransientError):
+    pass
+
+
+class OutcomeUnknown(TransientError):
+    pass
+
+
+class NotFound(PipelineError):
+    pass
+
+
+class PreconditionFailed(PipelineError):
+    pass
+
+
+class SourceChanged(PipelineError):
+    exit_code = ExitCode.INCOMPLETE
+
+
+@dataclass(frozen=True)
+class Reject(Exception):  # noqa: N818 - it is a verdict about a sample, not a failure of the program
+    """Why a sample has no prediction. `error` is one of the classes in docs/errors.md, `message` is for people."""
+
+    stage: str
+    error: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.error}: {self.message}"
+
+
+_CODES: dict[str, type[PipelineError]] = {
+    "403": AccessDenied,
+    "AccessDenied": AccessDenied,
+    "ExpiredToken": AccessDenied,
+    "Forbidden": AccessDenied,
+    "InvalidAccessKeyId": AccessDenied,
+    "SignatureDoesNotMatch": AccessDenied,
+    "404": NotFound,
+    "NoSuchBucket": NotFound,
+    "NoSuchKey": NotFound,
+    "412": PreconditionFailed,
+    "PreconditionFailed": PreconditionFailed,
+}
+
+# Class names along the MRO, so that no store's library is imported here just to name its errors.
+_TYPES: dict[str, type[PipelineError]] = {
+    "NoCredentialsError": AccessDenied,
+    "PartialCredentialsError": AccessDenied,
+    "FileExpired": SourceChanged,
+    "FSTimeoutError": StoreUnavailable,
+    "FlexibleChecksumError": StoreUnavailable,
+    "ClientPayloadError": StoreUnavailable,
+    "HTTPClientError": StoreUnavailable,
+    "EndpointConnectionError": StoreUnavailable,
+    "ConnectionClosedError": StoreUnavailable,
+    "ClientError": StoreUnavailable,
+    "PermissionError": AccessDenied,
+    "FileNotFoundError": NotFound,
+    "NotADirectoryError": NotFound,
+    "FileExistsError": PreconditionFailed,
+    "OSError": StoreUnavailable,
+}
+
+_ADVICE: dict[type[PipelineError], str] = {
+    AccessDenied: "Check the credentials in this environment (AWS_ACCESS_KEY_ID, AWS_PROFILE, an instance role)"
+    " and that their policy covers this prefix.",
+    NotFound: "Check the spelling, and that it exists.",
+    StoreUnavailable: "Run again when the store answers; what is committed stays.",
+    SourceChanged: "It changed while it was read; the next run takes the new version.",
+}
+
+
+def translate(cause: BaseException, doing: str, url: str) -> PipelineError:
+    """The error of our tree that says what `cause`, raised by a store while `doing` something to `url`, means.
+
+    An error code in a botocore response decides; else the first known class name along the MRO. Whatever no
+    table knows is taken as transient: retrying costs little, calling it permanent could lose work.
+    """
+    if isinstance(cause, PipelineError):
+        return cause
+    kind = _kind_by_code(cause) or next(
+        (_TYPES[c.__name__] for c in type(cause).__mro__ if c.__name__ in _TYPES), StoreUnavailable
+    )
+    advice = _ADVICE.get(kind, "")
+    return kind(f"cannot {doing} {redact(url)}: {clean(cause)}. {advice}".rstrip())
+
+
+def _kind_by_code(cause: BaseException) -> type[PipelineError] | None:
+    for error in (cause, cause.__cause__):
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            return _CODES.get(str(response.get("Error", {}).get("Code")))
+    return None
+
+
+def clean(cause: object) -> str:
+    """One line of text without memory addresses, so that the same failure always reads the same."""
+    text = str(cause) or type(cause).__name__
+    text = re.sub(r"<_io\.\w+ object at 0x[0-9a-f]+>", "<bytes>", text)
+    text = re.sub(r" at 0x[0-9a-f]+", "", text)
+    return " ".join(text.split())[:500].rstrip(". ")
+
+
+def redact(url: str) -> str:
+    """The URL without `user:password@` and without a query string, which may carry a signature."""
+    return re.sub(r"(?<=://)[^/@]*@", "", url).split("?", 1)[0]
