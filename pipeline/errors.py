@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import enum
 import re
-from dataclasses import dataclass
 
 
 class ExitCode(enum.IntEnum):
@@ -82,13 +81,13 @@ class SourceChanged(PipelineError):
     exit_code = ExitCode.INCOMPLETE
 
 
-@dataclass(frozen=True)
-class Reject(Exception):  # noqa: N818 - it is a verdict about a sample, not a failure of the program
-    """Why a sample has no prediction. `error` is one of the classes in docs/errors.md, `message` is for people."""
+class Reject(Exception):
+    """Why a sample has no prediction: the stage (read, decode, predict), one of the classes in docs/errors.md, and a
+    message for people."""
 
-    stage: str
-    error: str
-    message: str
+    def __init__(self, stage: str, error: str, message: str) -> None:
+        super().__init__(stage, error, message)
+        self.stage, self.error, self.message = stage, error, message
 
     def __str__(self) -> str:
         return f"{self.error}: {self.message}"
