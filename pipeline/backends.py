@@ -243,7 +243,7 @@ class RemoteStore:
         if isinstance(data, Path) and data.stat().st_size > MAX_SINGLE_PUT:
             return self._put_multipart(url, data)
         with data.open("rb") if isinstance(data, Path) else nullcontext(data) as body:
-            return str(self._s3("put_object", url, Body=body)["ETag"])
+            return str(self._s3("put_object", url, Body=body)["ETag"]).strip('"')
 
     def put_if_absent(self, url: str, data: bytes) -> None:
         self._s3("put_object", url, Body=data, IfNoneMatch="*")
@@ -260,7 +260,7 @@ class RemoteStore:
                 answer = self._s3("upload_part", url, UploadId=upload, PartNumber=number, Body=chunk)
                 parts.append({"PartNumber": number, "ETag": answer["ETag"]})
         done = self._s3("complete_multipart_upload", url, UploadId=upload, MultipartUpload={"Parts": parts})
-        return str(done["ETag"])
+        return str(done["ETag"]).strip('"')
 
     def _s3(self, method: str, url: str, **kwargs: Any) -> dict[str, Any]:
         if self.protocol != "s3":
@@ -283,7 +283,7 @@ def _version(details: dict[str, Any], url: str) -> str:
         "mtime",
     ):
         if details.get(name):
-            return str(details[name])
+            return str(details[name]).strip('"')
     return f"size-{details.get('size')}"
 
 

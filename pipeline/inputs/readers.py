@@ -170,7 +170,7 @@ def _parquet_columns(schema: pa.Schema, config: Input) -> tuple[list[str], str]:
     """The columns to read and the one that holds images."""
     candidates = [f.name for f in schema if _holds_bytes(f.type)]
     image = config.image or (candidates[0] if len(candidates) == 1 else None)
-    if image not in candidates:
+    if image is None or image not in candidates:
         raise _broken(
             "missing_column",
             f"image column {image!r} is not there or holds no bytes" if image else "not one image column, but "

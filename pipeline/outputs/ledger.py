@@ -1,0 +1,285 @@
+"""The ledger, as pure functions: which marks are to be believed, what a commit does in which order, and which shards
+the receipts have completed. Nothing here reads or writes; `commit.py` and `flow.py` do what is decided here.
+
+The order of writes in a commit. Each line must be safe to die after, and to be overtaken by another committer:
+
+    1. stop if a valid mark for this fingerprint stands already
+    2. the source MUST still be the planned one, and the dataset's model ours
+    3. the shard's old marks MUST be gone before anything that they vouch for is replaced
+    4. the errors part is put (or the old one deleted) before the part
+    5. the part MUST stand before its mark
+    6. the mark's name carries the source's fingerprint and a hash of the versions of the part and the errors part
+
+A mark is believed only if it is its shard's single one and the versions it vouches for are those that stand there.
+Whatever else is found is done again: same rows, same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import digest
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A shard's ledger entry; its file name says all that a plan needs."""
+
+    shard_id: str
+    fingerprint: str
+    commit: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.shard_id}.{self.fingerprint}.{self.commit}.json"
+
+    @staticmethod
+    def parse(name: str) -> Mark | None:
+        """The mark of this file name; None for a file that is no mark."""
+        parts = name.rsplit(".", 3)
+        return Mark(*parts[:3]) if len(parts) == 4 and parts[3] == "json" else None
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What stands in a dataset for one shard: its marks, and the versions of its part and errors part."""
+
+    marks: tuple[Mark, ...] = ()
+    part: str | None = None
+    errors: str | None = None
+
+    @property
+    def valid_mark(self) -> Mark | None:
+        """The mark that is to be believed, if there is one."""
+        if len(self.marks) != 1 or self.part is None:
+            return None
+        return self.marks[0] if self.marks[0].commit == commit_hash(self.part, self.errors) else None
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The fingerprint of the source that this shard is committed for."""
+        return self.valid_mark.fingerprint if self.valid_mark else None
+
+
+def commit_hash(part: str, errors: str | None) -> str:
+    """What a mark vouches for: the versions of a part and of an errors part, or that there is none."""
+    return digest([part, errors])
+
+
+# --- The commit, step by step ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Answer: the Standing of this shard, from listings."""
+
+    shard_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Raise if the source is no longer the planned one or the dataset is another model's. Answer: nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """Write `data`, `errors` or `_ledger` for this shard. Answer: the version written."""
+
+    folder: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """Delete a file that may be gone already. Answer: nothing."""
+
+    folder: str
+    name: str
+
+
+Step = Look | Check | Put | Delete
+
+
+def commit_steps(shard_id: str, fingerprint: str, has_errors: bool) -> Generator[Step, Any, bool]:
+    """The steps of a commit; each is sent its answer. Returns False if the shard stood committed already."""
+    standing: Standing = yield Look(shard_id)
+    if standing.fingerprint == fingerprint:
+        return False
+    yield Check()
+    for mark in standing.marks:
+        yield Delete("_ledger", mark.name)
+    name = f"{shard_id}.parquet"
+    errors: str | None = None
+    if has_errors:
+        errors = yield Put("errors", name)
+    else:
+        yield Delete("errors", name)
+    part: str = yield Put("data", name)
+    yield Put("_ledger", Mark(shard_id, fingerprint, commit_hash(part, errors)).name)
+    return True
+
+
+def retire_steps(shard_id: str) -> Generator[Step, Any, None]:
+    """The steps that take a shard out of the dataset: its marks first, so that nothing vouches for what is gone."""
+    standing: Standing = yield Look(shard_id)
+    for mark in standing.marks:
+        yield Delete("_ledger", mark.name)
+    yield Delete("data", f"{shard_id}.parquet")
+    yield Delete("errors", f"{shard_id}.parquet")
+
+
+# --- Receipts ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a finished block says about one shard: the indices in it, and the shard's end if the block has it.
+
+    `piece` stands for where the block lies; the ledger only hands it on.
+    """
+
+    shard: int
+    indices: np.ndarray  # int64 (rows,), error rows included
+    errors: int
+    piece: Any
+    end: int | None = None
+    abandoned: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Decision: all rows of the shard are there; merge `pieces` and commit."""
+
+    shard: int
+    num_rows: int
+    pieces: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """Decision: the shard stays open in this run, for this reason."""
+
+    shard: int
+    reason: str
+
+
+Decision = Commit | Abandon
+
+
+@dataclass(slots=True)
+class _Open:
+    """A shard under way: which indices have arrived, in which pieces."""
+
+    seen: np.ndarray = field(default_factory=lambda: np.zeros(64, bool))
+    pieces: list[Any] = field(default_factory=list)
+    end: int | None = None
+
+
+class Progress:
+    """Which shards of the plan are complete, given receipts in any order and any number of times.
+
+    `after[b] = a` holds the commit of shard b back until shard a is committed; if a fails, b is abandoned.
+    """
+
+    def __init__(self, num_shards: int, after: Mapping[int, int] | None = None) -> None:
+        self.after = dict(after or {})
+        self._open: dict[int, _Open] = {}
+        self._settled = np.zeros(num_shards, bool)  # committed, failed or abandoned
+        self._decided = np.zeros(num_shards, bool)  # handed out as a decision
+        self._committed: set[int] = set()  # only those that others wait for
+        self._held: dict[int, Commit] = {}
+        self._waited_for = set(self.after.values())
+
+    def on_receipt(self, receipt: Receipt) -> list[Decision]:
+        """The decisions that this receipt makes possible. Receipts of decided shards are ignored."""
+        if self._decided[receipt.shard] or receipt.shard in self._held:
+            return []
+        if receipt.abandoned is not None:
+            return self._abandon(receipt.shard, receipt.abandoned)
+        shard = self._open.setdefault(receipt.shard, _Open())
+        if receipt.end is not None and shard.end not in (None, receipt.end):
+            return self._abandon(
+                receipt.shard, f"two readings of it found {shard.end} and {receipt.end} samples: it changed meanwhile"
+            )
+        if receipt.end is not None:
+            shard.end = receipt.end
+        if len(receipt.indices):
+            _add(shard, receipt)
+        if shard.end is None or not shard.seen[: shard.end].all() or len(shard.seen) < shard.end:
+            return []
+        if shard.seen[shard.end :].any():
+            return self._abandon(receipt.shard, f"there are rows past its end at {shard.end}: it changed meanwhile")
+        return self._complete(Commit(receipt.shard, shard.end, tuple(shard.pieces)))
+
+    def on_committed(self, shard: int) -> list[Decision]:
+        """The decisions that this commit sets free."""
+        self._settled[shard] = True
+        if shard in self._waited_for:
+            self._committed.add(shard)
+        return [self._release(held) for held in list(self._held) if self.after.get(held) == shard]
+
+    def on_failed(self, shard: int) -> list[Decision]:
+        """The decisions that follow from a shard that won't be committed in this run."""
+        self._settled[shard] = True
+        return self._abandon_dependents(shard)
+
+    def unsettled(self) -> list[int]:
+        """The shards that are neither committed nor given up."""
+        return [int(i) for i in np.flatnonzero(~self._settled)]
+
+    def _complete(self, commit: Commit) -> list[Decision]:
+        del self._open[commit.shard]
+        first = self.after.get(commit.shard)
+        if first is not None and first not in self._committed:
+            if self._settled[first]:
+                return self._abandon(commit.shard, _first_failed())
+            self._held[commit.shard] = commit
+            return []
+        self._decided[commit.shard] = True
+        return [commit]
+
+    def _release(self, shard: int) -> Decision:
+        self._decided[shard] = True
+        return self._held.pop(shard)
+
+    def _abandon(self, shard: int, reason: str) -> list[Decision]:
+        self._open.pop(shard, None)
+        self._held.pop(shard, None)
+        self._decided[shard] = self._settled[shard] = True
+        return [Abandon(shard, reason), *self._abandon_dependents(shard)]
+
+    def _abandon_dependents(self, shard: int) -> list[Decision]:
+        decisions: list[Decision] = []
+        for dependent, first in self.after.items():
+            if first == shard and not self._decided[dependent]:
+                decisions.extend(self._abandon(dependent, _first_failed()))
+        return decisions
+
+
+def _first_failed() -> str:
+    return "the group that its files come from could not be committed first"
+
+
+def _add(shard: _Open, receipt: Receipt) -> None:
+    top = int(receipt.indices.max()) + 1
+    if top > len(shard.seen):
+        grown = np.zeros(max(top, 2 * len(shard.seen)), bool)
+        grown[: len(shard.seen)] = shard.seen
+        shard.seen = grown
+    shard.seen[receipt.indices] = True
+    shard.pieces.append(receipt.piece)
+
+
+def by_shard(marks: Iterable[Mark], parts: Mapping[str, str], errors: Mapping[str, str]) -> dict[str, Standing]:
+    """What stands, shard by shard, from the listings of marks, parts and errors parts (shard id to version)."""
+    marks_of: dict[str, list[Mark]] = {}
+    for mark in marks:
+        marks_of.setdefault(mark.shard_id, []).append(mark)
+    return {
+        name: Standing(tuple(marks_of.get(name, ())), parts.get(name), errors.get(name))
+        for name in marks_of.keys() | parts.keys() | errors.keys()
+    }
