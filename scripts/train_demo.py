@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.demo.digits import encode_png, load_digits_images
-from pipeline.demo.network import digits_resnet20
+from pipeline.examples.digits import encode_png, load_digits_images
+from pipeline.examples.network import digits_resnet20
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "pipeline" / "demo" / "digits_resnet20.safetensors"
 SIDE = 32

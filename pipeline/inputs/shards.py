@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.config import Input, digest
-from pipeline.errors import ConfigError, NotFound
+from pipeline.errors import ConfigError, NotFound, SourceChanged
 from pipeline.storage import FileInfo, Store, canonical, split_pattern
 
 Kind = Literal["webdataset", "parquet", "files"]
@@ -73,9 +73,14 @@ def discover(config: Input, store: Store) -> list[Shard]:
     return [by_id[name] for name in sorted(by_id)]
 
 
-def roots(config: Input, store: Store) -> list[str]:
-    """The roots that loose files of these URLs are grouped under."""
-    return sorted({_root(url) for url in _expand_lists(config.urls, store)})
+def current_fingerprint(shard: Shard, store: Store) -> str:
+    """The fingerprint of a shard's source as it is now. Raises SourceChanged if it, or a member of it, is gone."""
+    try:
+        if shard.kind != "files":
+            return store.info(shard.url).fingerprint
+        return _group_fingerprint(shard.root, store.infos([member.url for member in shard.members]))
+    except NotFound as gone:
+        raise SourceChanged(f"{shard.url} has gone since it was listed: {gone}") from gone
 
 
 def _discover(config: Input, store: Store) -> Iterator[Shard]:
@@ -174,5 +179,9 @@ def _begins_group(path: str, group_size: int) -> bool:
 
 def _group(root: str, begin: str, members: list[FileInfo]) -> Shard:
     url = f"{root}#{begin}"
-    fingerprint = digest([[relative(root, m.url), m.size, m.version] for m in members])
-    return Shard(url, shard_id(url), "files", fingerprint, sum(m.size for m in members), "", root, tuple(members))
+    size = sum(m.size for m in members)
+    return Shard(url, shard_id(url), "files", _group_fingerprint(root, members), size, "", root, tuple(members))
+
+
+def _group_fingerprint(root: str, members: Iterable[FileInfo]) -> str:
+    return digest([[relative(root, m.url), m.size, m.version] for m in members])

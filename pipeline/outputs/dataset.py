@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from pipeline.errors import FatalError, ModelMismatch, NotFound
 from pipeline.outputs.ledger import Mark, Standing, by_shard
-from pipeline.outputs.schema import FORMAT_VERSION
+from pipeline.outputs.schema import FORMAT_VERSION, errors_schema
 from pipeline.storage import Store, join
 
 PARQUET = ".parquet"
@@ -67,9 +71,10 @@ class Dataset:
         return found
 
     def check_identity(self, ours: Identity) -> None:
-        """Raise ModelMismatch if there is anything in the dataset and it is another model's."""
+        """Raise ModelMismatch if there is anything in the dataset and it is another model's. Of `ours`, the fingerprint
+        and the components behind it are enough."""
         theirs = self.identity()
-        if theirs is not None and theirs != ours and not self._is_empty():
+        if theirs is not None and not _is_same(theirs, ours) and not self._is_empty():
             raise ModelMismatch(_difference(self.url, theirs, ours))
 
     def claim_identity(self, ours: Identity) -> None:
@@ -80,9 +85,10 @@ class Dataset:
         """
         data = json.dumps(ours, indent=1, ensure_ascii=False).encode()
         self.check_identity(ours)
-        if self.identity() == ours:
+        found = self.identity()
+        if found is not None and _is_same(found, ours):
             return
-        if not self.store.put_if_absent(self.path(IDENTITY), data) and self.identity() != ours:
+        if not self.store.put_if_absent(self.path(IDENTITY), data):
             self.check_identity(ours)
             self.store.put(self.path(IDENTITY), data)
         self.check_identity(ours)
@@ -111,6 +117,10 @@ def make_identity(model: Identity, model_fingerprint: str, classes: list[str] | 
         "classes": classes,
     }
     return json.loads(json.dumps(identity))  # type: ignore[no-any-return]  # as it will be read back
+
+
+def _is_same(theirs: Identity, ours: Identity) -> bool:
+    return bool(theirs["model_fingerprint"] == ours["model_fingerprint"])
 
 
 def _difference(url: str, theirs: Identity, ours: Identity) -> str:
@@ -163,3 +173,18 @@ Made by resnet-batch with `{model.get("name")}`, weights `{model.get("weights")}
 - `errors/`: the samples that could not be read or decoded, with the reason
 - `_ledger/`: which shards are complete; `resnet-batch verify` checks it against everything else
 """  # noqa: S608 - a recipe for people, run by nobody
+
+
+def read_table(dataset: Dataset, folder: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """All rows of `data` or `errors`, sorted by shard and index within each part. Reads several parts at a time."""
+    urls = [file.url for file in dataset.store.find(dataset.path(folder)) if file.url.endswith(PARQUET)]
+    if not urls and dataset.identity() is None:
+        raise NotFound(f"there is no dataset at {dataset.url}. Check the URL, or run a job first.")
+
+    def read_part(url: str) -> pa.Table:
+        with dataset.store.open(url, read_ahead=False) as file:
+            return pq.read_table(file, columns=None if columns is None else list(columns)).replace_schema_metadata()
+
+    with ThreadPoolExecutor(8) as pool:
+        tables = list(pool.map(read_part, urls))
+    return pa.concat_tables(tables) if tables else errors_schema().empty_table()

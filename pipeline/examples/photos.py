@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from pipeline.demo.tars import write_tar
+from pipeline.examples.tars import write_tar
 from pipeline.errors import ConfigError
 
 SHARDS = 2

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.demo.digits import encode_png
-from pipeline.demo.grid import CAPTION, FRAME, GAP, MARGIN, TILE, WRONG, GridSample, save_grid, tile_box
+from pipeline.examples.digits import encode_png
+from pipeline.examples.grid import CAPTION, FRAME, GAP, MARGIN, TILE, WRONG, GridSample, save_grid, tile_box
 
 STRIPES = encode_png(np.tile(np.array([0, 255], np.uint8), (8, 4)))
 RIGHT, MISTAKEN = GridSample(STRIPES, "7", 0.98, "7"), GridSample(STRIPES, "7", 0.51, "1")

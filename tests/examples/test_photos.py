@@ -8,8 +8,8 @@ import tarfile
 import pytest
 from PIL import Image
 
-from pipeline.demo import photos
-from pipeline.demo.photos import load_photos, write_photo_shards
+from pipeline.examples import photos
+from pipeline.examples.photos import load_photos, write_photo_shards
 from pipeline.errors import ConfigError
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.demo import digits as digits_module
-from pipeline.demo.digits import Digits, encode_png, load_digits_images, write_shards
+from pipeline.examples import digits as digits_module
+from pipeline.examples.digits import Digits, encode_png, load_digits_images, write_shards
 
 CHECKPOINT = Path(digits_module.__file__).with_name("digits_resnet20.safetensors")
 
@@ -91,7 +91,7 @@ def test_writing_again_touches_only_what_is_wrong(tmp_path):
 
 def test_digits_come_without_torch(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from pipeline.demo import digits, grid, photos;"
+        "import sys; from pathlib import Path; from pipeline.examples import digits, grid, photos;"
         f"digits.write_shards(Path({str(tmp_path)!r})); photos.load_photos();"
         "sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     )
@@ -101,7 +101,7 @@ def test_digits_come_without_torch(tmp_path):
 def test_network_has_the_papers_layers():
     from torch import nn
 
-    from pipeline.demo.network import digits_resnet20
+    from pipeline.examples.network import digits_resnet20
 
     network = digits_resnet20()
     weighted = {n: m for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
@@ -119,7 +119,7 @@ def test_checkpoint_is_small_and_right_on_the_held_out_part(digits):
     import torch
     from safetensors.torch import load_file
 
-    from pipeline.demo.network import digits_resnet20
+    from pipeline.examples.network import digits_resnet20
 
     assert CHECKPOINT.stat().st_size <= 1_500_000
     state = load_file(CHECKPOINT)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline.demo.tars import write_tar
+from pipeline.examples.tars import write_tar
 from pipeline.errors import ConfigError
 
 HELD_OUT = 450

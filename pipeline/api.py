@@ -1,0 +1,129 @@
+"""The verbs, as Python functions with the names that the command line has."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from pipeline.config import JobConfig, load_config
+from pipeline.errors import ConfigError
+from pipeline.storage import Store
+
+if TYPE_CHECKING:
+    from pipeline.planning import Plan
+    from pipeline.report import RunReport
+    from pipeline.status import Status
+    from pipeline.verification import Verification
+
+log = logging.getLogger(__name__)
+
+Config = JobConfig | str | Path
+
+
+def _load(config: Config) -> JobConfig:
+    return config if isinstance(config, JobConfig) else load_config(config)
+
+
+def run(config: Config) -> RunReport:
+    """Label and embed what is new or changed in the input; commit shard by shard; say what was done.
+
+    `config` is a JobConfig or the path of a YAML file. Uses the Ray that this process is connected to, the cluster
+    that runs this job, or what `runtime.address` names. The report's `exit_code` is 0 (complete), 1 (not one
+    prediction) or 3 (some shards stay open, run again). Raises a PipelineError where nothing could be done at all:
+    ConfigError, ModelMismatch, WeightsError, AccessDenied, StoreUnavailable.
+    """
+    from pipeline.running import run as run_job
+
+    return run_job(_load(config))
+
+
+def plan(config: Config) -> Plan:
+    """What a run would do now: the shards that are new or changed, those done, those gone. Opens no shard."""
+    from pipeline.model.spec import make_spec
+    from pipeline.outputs.dataset import Dataset
+    from pipeline.planning import make_plan
+
+    job = _load(config)
+    spec = make_spec(job)
+    dataset = Dataset(job.output.url, Store(job.output_storage))
+    dataset.check_identity({"model_fingerprint": spec.fingerprint, "model": spec.identity})
+    return make_plan(job)
+
+
+def status(url: str, config: Config | None = None) -> Status:
+    """What the dataset at `url` is, how much it holds, and its last runs. A config is needed for storage options."""
+    from pipeline.status import read_status
+
+    return read_status(url, _store(config))
+
+
+def verify(url: str, sample: int = 0, config: Config | None = None) -> Verification:
+    """Check a dataset from the outside: marks against parts, footers against rows, no row twice, nothing missing."""
+    from pipeline.verification import verify_dataset
+
+    return verify_dataset(url, _store(config), sample, _load(config) if config is not None else None)
+
+
+def _store(config: Config | None) -> Store:
+    return Store(_load(config).output_storage) if config is not None else Store()
+
+
+def read(
+    url: str, columns: Sequence[str] | None = None, errors: bool = False, config: Config | None = None
+) -> pa.Table:
+    """The rows of the dataset at `url` as an Arrow table (`.to_pandas()` for pandas); with `errors`, its error rows."""
+    from pipeline.outputs.dataset import Dataset, read_table
+
+    return read_table(Dataset(url, _store(config)), "errors" if errors else "data", columns)
+
+
+def predict(images: Any, config: Config) -> pa.Table:
+    """Label and embed a few images in this process, without a cluster and without writing anything.
+
+    `images`: one image or a list of them, each a path or URL, encoded bytes, a Pillow image, or a uint8 array
+    (H, W, 3). Rows come in the order of the images; one that can't be decoded has `error` and `message` set.
+    """
+    from pipeline.local import predict_images
+
+    return predict_images(images, _load(config))
+
+
+def preview(config: Config, limit: int) -> pa.Table:
+    """The first `limit` samples of the input with their results, computed in this process; commits nothing."""
+    from pipeline.local import preview_samples
+
+    return preview_samples(_load(config), limit)
+
+
+def submit(config: Config, address: str, wait: bool = True, submission_id: str | None = None) -> int | str:
+    """Run the config as a Ray job on the cluster at `address`, such as http://127.0.0.1:8265.
+
+    With `wait`, follows the log and returns the job's exit code; else returns the submission id at once. Works in a
+    notebook cell as well.
+    """
+    from pipeline.submission import submit_job
+
+    return submit_job(_load(config), address, wait, submission_id)
+
+
+def demo(folder: str | Path = "demo-output", pretrained: bool = False) -> RunReport:
+    """The whole path on real images, with nothing to configure."""
+    from pipeline.examples.demo import run_demo
+
+    return run_demo(Path(folder), pretrained)
+
+
+def init(path: str | Path = "config.yaml") -> Path:
+    """Write a commented config to start from. Raises ConfigError where a file stands already."""
+    target = Path(path)
+    template = Path(__file__).with_name("template.yaml").read_text()
+    try:
+        with target.open("x") as file:
+            file.write(template)
+    except FileExistsError:
+        raise ConfigError(f"{target} exists already. Choose another name.") from None
+    return target

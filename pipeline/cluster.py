@@ -1,0 +1,90 @@
+"""Where a run takes place: a Ray of its own in the process tree, a cluster by address, or the one that runs this job."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from pipeline.config import JobConfig
+from pipeline.errors import ConfigError, FatalError
+from pipeline.storage import is_local
+
+log = logging.getLogger(__name__)
+
+IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a submitted job
+
+
+@dataclass(frozen=True)
+class Cluster:
+    num_nodes: int
+    num_cpus: int
+    num_gpus: int
+
+
+def is_ray_job() -> bool:
+    return IN_RAY_JOB in os.environ
+
+
+@contextmanager
+def connected(config: JobConfig) -> Iterator[Cluster]:
+    """Connect, or start Ray in this process tree for `runtime.address: local`; end what was started.
+
+    A process that is connected already, such as a notebook, keeps its connection.
+    """
+    import ray
+
+    ours = not ray.is_initialized()
+    if ours:
+        _init(config.runtime.address)
+    try:
+        cluster = _describe()
+        if cluster.num_nodes > 1:
+            _refuse_local_paths(config)
+        yield cluster
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _init(address: str) -> None:
+    import ray
+
+    if is_ray_job():
+        log.info("this is a Ray job: using the cluster that runs it, whatever runtime.address says")
+        ray.init(logging_level=logging.WARNING)
+    elif address == "local":
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(
+            "local", include_dashboard=False, _node_ip_address="127.0.0.1", logging_level=logging.WARNING
+        )  # loopback only: nothing of a local run can be reached from outside
+    else:
+        try:
+            ray.init(address, logging_level=logging.WARNING)
+        except ConnectionError as cause:
+            raise FatalError(f"runtime.address: cannot connect to {address}: {cause}") from cause
+
+
+def _describe() -> Cluster:
+    import ray
+
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    workers = [r for r in alive if r.get("CPU") or r.get("GPU")]  # a head with CPU 0 does no work
+    return Cluster(
+        num_nodes=len(workers),
+        num_cpus=max(1, int(sum(r.get("CPU", 0) for r in workers))),
+        num_gpus=int(sum(r.get("GPU", 0) for r in workers)),
+    )
+
+
+def _refuse_local_paths(config: JobConfig) -> None:
+    places = [("input.url", url, config.input_storage) for url in config.input.urls]
+    places.append(("output.url", config.output.url, config.output_storage))
+    for key, url, storage in places:
+        if is_local(url) and not storage.shared:
+            raise ConfigError(
+                f"{key}: {url} is a path on one machine, and this cluster has several. Use a bucket, or set"
+                " storage.shared=true if every node sees the same folder there."
+            )

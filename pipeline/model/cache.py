@@ -1,0 +1,131 @@
+"""What a node keeps between processes: fetched weights, converted networks, resolved models, shipped sources.
+
+It lies in `$RESNET_BATCH_CACHE`, else in `~/.cache/resnet-batch`. Everything appears there by a rename, so a file
+that exists is whole even if its writer was killed, and everything is named after what it was made from. Nothing is
+ever removed but damaged weights: delete the directory to free the space.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+from pipeline.config import Storage, digest
+from pipeline.errors import AccessDenied, FatalError, PipelineError, WeightsError, clean, redact, translate
+from pipeline.storage import Store
+
+CHUNK = 8 * 2**20  # bytes
+
+
+def cache_directory(kind: str) -> Path:
+    """The cache's folder for one kind of thing, created if need be. FatalError where it can't be written."""
+    root = os.environ.get("RESNET_BATCH_CACHE")
+    folder = (Path(root).expanduser() if root else Path.home() / ".cache" / "resnet-batch") / kind
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FatalError(
+            f"cannot write to the cache directory {folder}: {clean(error)}. Set RESNET_BATCH_CACHE to a folder"
+            " that this process may write to."
+        ) from error
+    return folder
+
+
+def lock(name: str) -> FileLock:
+    """Held by one process of this node at a time; the system releases it when its holder dies."""
+    return FileLock(cache_directory("locks") / f"{digest(name)}.lock")
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, which becomes `path` when the block ends well."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
+    os.close(handle)
+    try:
+        yield Path(name)
+        _sync(Path(name))
+        Path(name).replace(path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder to fill, which becomes `path` when the block ends well. Call it under a lock."""
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=".tmp-"))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            _sync(file)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Have the content on the disk before the name, so that a power cut leaves no empty file under a good name."""
+    if path.is_file():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def fetch(url: str, storage: Storage, sha256: str | None = None) -> Path:
+    """The weights file behind a remote URL, named by its sha256; with a known `sha256` once per node.
+
+    Raises WeightsError if it can't be fetched or is not the file that `sha256` says, AccessDenied.
+    """
+    folder = cache_directory("weights")
+    suffix = Path(url.split("?", 1)[0]).suffix
+    with lock(url):
+        if sha256 is not None and file_sha256(folder / (sha256 + suffix)) == sha256:
+            return folder / (sha256 + suffix)
+        handle, name = tempfile.mkstemp(dir=folder, prefix=".tmp-")
+        os.close(handle)
+        try:
+            found = _download(url, storage, Path(name))
+            check_sha256(found, sha256, url)
+            return Path(name).replace(folder / (found + suffix))
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+
+def check_sha256(found: str, expected: str | None, url: str) -> None:
+    if expected is not None and found != expected:
+        raise WeightsError(
+            f"the weights {redact(url)} have the sha256 {found}, expected was {expected}: another file than the one"
+            " that was asked for, or than the one that the driver saw. Check model.weights and model.sha256."
+        )
+
+
+def file_sha256(path: Path) -> str | None:
+    """The hash of a file's content, None if there is no such file."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _download(url: str, storage: Storage, path: Path) -> str:
+    """Stream a URL into a file and return the sha256 of what came."""
+    hasher = hashlib.sha256()
+    try:
+        with Store(storage).open(url) as source, path.open("wb") as target:
+            while chunk := source.read(CHUNK):
+                hasher.update(chunk)
+                target.write(chunk)
+    except Exception as cause:
+        error = cause if isinstance(cause, PipelineError) else translate(cause, "read", url)
+        if isinstance(error, AccessDenied):
+            raise error from cause
+        raise WeightsError(
+            f"cannot fetch the weights {redact(url)}: {clean(error)}. Check model.weights and the network, or"
+            " download the file and give its path."
+        ) from cause
+    return hasher.hexdigest()

@@ -1,0 +1,91 @@
+"""Engines: what executes a network on a device. torch and OpenVINO are imported by the engines that need them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.config import Precision
+from pipeline.errors import ConfigError
+from pipeline.model.spec import ModelInfo, ModelSpec
+
+Pixels = npt.NDArray[np.uint8]  # (B, H, W, 3)
+Rows = npt.NDArray[np.float32]  # (B, C) logits or (B, D) embeddings
+
+
+class Engine(Protocol):
+    """uint8 pixels (B, H, W, 3) to float32 logits (B, C) and embeddings (B, D).
+
+    B is always the batch size that the engine was loaded for. A row's bytes depend on its pixels alone, not on its
+    place or its neighbours. Height and width are `info.input_size`, or anything where that is None.
+    """
+
+    def __call__(self, pixels: Pixels) -> tuple[Rows, Rows]: ...
+
+
+def choose_engine(requested: str, device: str, precision: Precision) -> str:
+    """The engine that `runtime.engine` means on `device` (cpu or cuda).
+
+    `auto` is OpenVINO on CPUs that have it, and eager elsewhere: compiling takes a GPU node most of a minute and a
+    C compiler. Raises ConfigError for what can't work: int8, OpenVINO on a GPU or in float16.
+    """
+    if precision == "int8":
+        raise ConfigError("model.precision: int8 is not supported yet. Use float32, bfloat16 or float16.")
+    if requested == "auto":
+        fits = device == "cpu" and precision != "float16" and importlib.util.find_spec("openvino") is not None
+        return "openvino" if fits else "eager"
+    if requested == "openvino" and device != "cpu":
+        raise ConfigError("runtime.engine: openvino runs on CPUs here. Use eager or compile, or runtime.device=cpu.")
+    if requested == "openvino" and precision == "float16":
+        raise ConfigError(
+            "model.precision: openvino computes in float32 or bfloat16 on CPUs. Use one of them, or eager."
+        )
+    return requested
+
+
+def load_engine(
+    name: str, spec: ModelSpec, info: ModelInfo, device: str, batch_size: int, threads: int | None = None
+) -> Engine:
+    """The engine `name` (not auto) with the model on `device`, for batches of exactly `batch_size` images.
+
+    `threads` on a CPU: all cores of this node unless given. Raises ConfigError where this node can't offer the
+    engine or the device, and what `zoo.build` raises.
+    """
+    if name == "noop":
+        return Noop(info)
+    if spec.is_noop:
+        raise ConfigError("this model was specified for the engine noop, which needs no weights. Make a new spec.")
+    if name == "openvino":
+        from pipeline.model.openvino_engine import load_openvino
+
+        return load_openvino(spec, info, batch_size, threads)
+    if name == "eager":
+        from pipeline.model.torch_engine import load_eager
+
+        return load_eager(spec, device, threads)
+    if name == "compile":
+        from pipeline.model.torch_engine import load_compiled
+
+        return load_compiled(spec, info, device, batch_size, threads)
+    raise ConfigError(f"runtime.engine: there is no engine {name!r}. Use eager, compile, openvino or noop.")
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Noop:
+    """Zeros of the right shape, to measure the rest of the pipeline."""
+
+    def __init__(self, info: ModelInfo) -> None:
+        self.info = info
+
+    def __call__(self, pixels: Pixels) -> tuple[Rows, Rows]:
+        shapes = (self.info.num_classes, self.info.embedding_dim)
+        logits, embeddings = (np.zeros((len(pixels), width), np.float32) for width in shapes)
+        return logits, embeddings

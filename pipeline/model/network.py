@@ -1,0 +1,134 @@
+"""One forward pass from pixels to logits and the pooled embedding, around any classifier. Imports torch.
+
+Shapes: N images, H and W pixels, C classes, D the width of the pooled embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import Transform
+from pipeline.errors import ConfigError, clean
+
+Executed = list[tuple[nn.Linear, Any]]  # each with its input, in order
+
+PROBE_SIZES = (224, 32, 64, 96, 28)  # pixels; tried in turn where the transform sets no size
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last linear layer that a network executes: its input is the pooled embedding."""
+
+    linear: nn.Linear
+    name: str  # within the network
+    num_classes: int  # C, of what the whole network returns
+    embedding_dim: int  # D
+    input_size: int  # height and width that the network ran with
+
+
+class Network(nn.Module):
+    """uint8 pixels (N, H, W, 3) to float32 logits (N, C) and float32 embedding (N, D).
+
+    Normalises on its device. The embedding is what the head was given, the last time that it was executed.
+    """
+
+    mean: Tensor | None
+    std: Tensor | None
+
+    def __init__(self, body: nn.Module, head: Head, transform: Transform) -> None:
+        super().__init__()
+        self.body, self.head = body, head
+        self.register_buffer("mean", _channels(transform.mean))
+        self.register_buffer("std", _channels(transform.std))
+        self._inputs: list[Tensor] = []
+        head.linear.register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def forward(self, pixels_NHWC: Tensor) -> tuple[Tensor, Tensor]:
+        # A permuted NHWC tensor is channels_last, so nothing is copied here but the conversion itself.
+        x = pixels_NHWC.permute(0, 3, 1, 2).to(torch.float32) / 255
+        if self.mean is not None:
+            x = x - self.mean
+        if self.std is not None:
+            x = x / self.std
+        self._inputs.clear()
+        logits = self.body(x)
+        embedding = self._inputs[-1]
+        self._inputs.clear()
+        return logits.to(torch.float32), embedding.to(torch.float32)
+
+    def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._inputs.append(args[0] if args else kwargs["input"])
+
+
+def _channels(values: list[float] | None) -> Tensor | None:
+    return None if values is None else torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
+
+
+def find_head(body: nn.Module, input_size: int | None, name: str) -> Head:
+    """Run the network, in eval mode, on two black images, and see which `nn.Linear` is executed last.
+
+    Raises ConfigError if the network does not run, executes no such layer, gives it or returns anything else than
+    one row per image.
+    """
+    size, output, executed = _probe(body, (input_size,) if input_size else PROBE_SIZES, name)
+    if not executed:
+        raise ConfigError(
+            f"the network {name} executes no nn.Linear, so it has no pooled embedding: the input of its last one is"
+            " what is stored. Let it end in one."
+        )
+    linear, embedding = executed[-1]
+    linear_name = next(found for found, module in body.named_modules() if module is linear)
+    num_classes = _width(output, f"the network {name} returns")
+    embedding_dim = _width(embedding, f"the network {name} gives its last nn.Linear, {linear_name},")
+    return Head(linear, linear_name, num_classes, embedding_dim, size)
+
+
+def _width(found: Any, what: str) -> int:
+    if isinstance(found, Tensor) and found.ndim == 2 and found.shape[0] == 2:
+        return found.shape[1]
+    shown = f"the shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+    raise ConfigError(
+        f"{what} {shown} for 2 images, where a tensor of the shape (2, width) is needed: one row of logits and one"
+        " pooled vector per image."
+    )
+
+
+def _probe(body: nn.Module, sizes: Sequence[int], name: str) -> tuple[int, Any, Executed]:
+    """The first of `sizes` that the network runs with, its output, and the linear layers that it executed."""
+    failure: Exception | None = None
+    for size in sizes:
+        with torch.inference_mode(), _recorded_linears(body) as executed:
+            try:
+                return size, body(torch.zeros(2, 3, size, size)), executed
+            except Exception as error:  # noqa: BLE001 - a custom network may raise anything; reported below
+                failure = failure or error
+    raise ConfigError(
+        f"the network {name} does not run on images of {' or '.join(map(str, sizes))} pixels: {clean(failure)}. Set"
+        " model.transform.crop to the size that it takes."
+    ) from failure
+
+
+@contextmanager
+def _recorded_linears(body: nn.Module) -> Iterator[Executed]:
+    executed: Executed = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert isinstance(module, nn.Linear)
+        executed.append((module, args[0] if args else kwargs.get("input")))
+
+    hooks = [
+        module.register_forward_pre_hook(record, with_kwargs=True)
+        for module in body.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        yield executed
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,219 @@
+"""Custom networks, `package.module:callable`: found without importing them, and carried to the workers.
+
+The driver must not import a network's module, since that imports torch. So the module is looked up on the path
+and its text is read. Its Python files travel to the workers: the whole top-level package, or for a single file
+that file and its neighbours. What is installed or is part of this program is expected on every node instead.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import importlib.util
+import site
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pipeline
+from pipeline.config import digest
+from pipeline.errors import ConfigError, clean
+from pipeline.model.cache import cache_directory, lock, new_folder
+
+OWN_FOLDER = Path(pipeline.__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Source:
+    """A custom network's code. `files` (relative path, content) is empty where the module is installed.
+
+    `meaning` is the sha256 of the module's text and of the shipped modules that it imports, directly or not.
+    """
+
+    module: str
+    callable: str
+    found_in: str  # the folder on the path
+    files: tuple[tuple[str, bytes], ...]
+    meaning: str
+
+    @property
+    def is_own(self) -> bool:
+        """Part of this program."""
+        return self.module.partition(".")[0] == pipeline.__name__
+
+
+def locate(name: str, directory: Path | None) -> Source:
+    """The code behind `package.module:callable`, looked for beside the config, in the cwd, then on `sys.path`.
+
+    Raises ConfigError that says where was searched if there is no such module, or what the module does define.
+    """
+    module, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in [*module.split("."), *attribute.split(".")]):
+        raise ConfigError(f"model.name: {name!r} must read package.module:callable.")
+    path = _find(module, directory)
+    text = path.read_bytes()
+    _check_defines(text, path, attribute.split(".")[0])
+    depth = len(module.split(".")) + (path.name == "__init__.py")
+    folder = path.parents[depth - 1]
+    files = {} if _is_installed(path) else _files_to_ship(folder, path, module)
+    start = path.relative_to(folder).as_posix()
+    meaning = _meaning({**files, start: text}, start)
+    return Source(module, attribute, str(folder), tuple(sorted(files.items())), meaning)
+
+
+def load_callable(source: Source) -> Callable[..., Any]:
+    """Import a custom network's module on this node, from the shipped files if there are any."""
+    name = f"{source.module}:{source.callable}"
+    if source.files:
+        _install(source)
+    try:
+        found = reduce(getattr, source.callable.split("."), importlib.import_module(source.module))
+    except (ImportError, AttributeError, SyntaxError) as error:
+        raise ConfigError(
+            f"model.name: cannot import {name} on this node: {clean(error)}. Only the .py files of its own package"
+            " (or of its folder, for a single file) travel; install what else it needs on every node."
+        ) from error
+    if not callable(found):
+        raise ConfigError(f"model.name: {name} is a {type(found).__name__}, not a function or a class.")
+    return found
+
+
+def _install(source: Source) -> None:
+    """Unpack the shipped files once per node and put them first on `sys.path`."""
+    key = digest([(path, content.hex()) for path, content in source.files], 32)
+    root = cache_directory("source") / key
+    with lock(str(root)):
+        if not root.is_dir():
+            with new_folder(root) as folder:
+                for path, content in source.files:
+                    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                    (folder / path).write_bytes(content)
+    if sys.path[0] != str(root):
+        sys.path.insert(0, str(root))
+        importlib.invalidate_caches()
+    _forget_others(source, root)
+
+
+def _forget_others(source: Source, root: Path) -> None:
+    """Drop modules that an earlier version of the same files has left in this process (a notebook, a test)."""
+    names = {PurePosixPath(path).parts[0].removesuffix(".py") for path, _ in source.files}
+    for name, module in list(sys.modules.items()):
+        origin = Path(getattr(module, "__file__", None) or "/")
+        is_older = any(origin.is_relative_to(folder) for folder in (root.parent, source.found_in))
+        if name.partition(".")[0] in names and is_older and not origin.is_relative_to(root):
+            del sys.modules[name]
+
+
+def _find(module: str, directory: Path | None) -> Path:
+    """The file of a module, found step by step from its top-level package; nothing is imported."""
+    top, *rest = module.split(".")
+    places = [str(folder) for folder in (directory, Path.cwd()) if folder is not None]
+    found: ModuleSpec | None
+    if top == pipeline.__name__:
+        places = [str(OWN_FOLDER)]
+        found = PathFinder.find_spec(top, places)
+    else:
+        # The second finder knows sys.path, and editable installs that put a finder of their own beside it.
+        found = PathFinder.find_spec(top, places) or _find_on_path(top)
+    for part in rest:
+        folders = list(found.submodule_search_locations or []) if found else []
+        found = PathFinder.find_spec(part, folders) if folders else None
+    if found is None or found.origin is None or not Path(found.origin).is_file():
+        raise ConfigError(
+            f"model.name: there is no module {module}. Searched: {', '.join(dict.fromkeys(places))} and the Python"
+            f" path ({', '.join(entry for entry in sys.path if entry)})."
+        )
+    return Path(found.origin).absolute()
+
+
+def _find_on_path(top: str) -> ModuleSpec | None:
+    try:
+        return importlib.util.find_spec(top)
+    except ValueError:  # a module without a spec, such as __main__
+        return None
+
+
+def _is_installed(path: Path) -> bool:
+    roots = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    roots += [*site.getsitepackages(), site.getusersitepackages(), str(OWN_FOLDER / pipeline.__name__)]
+    return any(path.is_relative_to(root) for root in roots)
+
+
+def _files_to_ship(folder: Path, path: Path, module: str) -> dict[str, bytes]:
+    """Relative path → content: the top-level package's .py files, or a single-file module's folder's."""
+    top = folder / module.partition(".")[0]
+    found = top.rglob("*.py") if top in path.parents else folder.glob("*.py")
+    relative = [file.relative_to(folder) for file in found if file.is_file()]
+    return {
+        file.as_posix(): (folder / file).read_bytes()
+        for file in relative
+        if not any(part.startswith(".") for part in file.parts)
+    }
+
+
+def _check_defines(text: bytes, path: Path, name: str) -> None:
+    """ConfigError unless the module binds `name` at its top level (a star import may bind anything)."""
+    bound = set(_bound_names(_parse(text, path).body))
+    if not bound & {name, "*", "__getattr__"}:
+        public = sorted(found for found in bound if not found.startswith("_"))
+        raise ConfigError(f"model.name: {path} defines no {name}. It defines: {', '.join(public) or 'nothing'}.")
+
+
+def _bound_names(body: list[ast.stmt]) -> Iterator[str]:
+    for statement in body:
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield statement.name
+            continue
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                yield node.id
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+                yield node.name
+            elif isinstance(node, ast.alias):
+                yield (node.asname or node.name).partition(".")[0]
+
+
+def _parse(text: bytes, path: Path | str) -> ast.Module:
+    try:
+        return ast.parse(text)
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(f"model.name: {path} is not Python that this version reads: {clean(error)}.") from error
+
+
+def _meaning(files: Mapping[str, bytes], start: str) -> str:
+    """The sha256 over a module and whatever it imports of `files`, directly or through others."""
+    seen: dict[str, str] = {}
+    todo = [start]
+    while todo:
+        path = todo.pop()
+        if path not in seen:
+            seen[path] = hashlib.sha256(files[path]).hexdigest()
+            todo.extend(_imported(files, path))
+    return digest(seen, 64)
+
+
+def _imported(files: Mapping[str, bytes], path: str) -> Iterator[str]:
+    """Those of `files` that the module at `path` imports; a package's `__init__` is imported with its modules."""
+    for name in _imported_names(_parse(files[path], path), path):
+        parts = name.split(".")
+        for length in range(1, len(parts) + 1):
+            stem = "/".join(parts[:length])
+            yield from (file for file in (f"{stem}.py", f"{stem}/__init__.py") if file in files)
+
+
+def _imported_names(tree: ast.Module, path: str) -> Iterator[str]:
+    package = PurePosixPath(path).parent.parts
+    yield ".".join(package)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}".strip(".") for alias in node.names)

@@ -1,0 +1,194 @@
+"""The model that a config asks for, as far as it can be known without torch: for the driver, and for every worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pipeline.config import JobConfig, Model, Precision, Storage, Transform, digest
+from pipeline.errors import ConfigError
+from pipeline.model.cache import fetch, file_sha256
+from pipeline.model.catalog import ARCHITECTURES, NUM_IMAGENET_CLASSES, architecture, full_weights_name
+from pipeline.model.classes import check_count, class_names, find_file
+from pipeline.model.source import Source, locate
+from pipeline.storage import is_local, local_path
+
+FILE_SUFFIXES = (".pth", ".pt", ".th", ".safetensors")
+
+# Part of every fingerprint: raise it when the same settings begin to mean other numbers, as they would if EXIF
+# orientation were no longer applied. Datasets written before are then refused rather than mixed.
+RECIPE = 1
+
+
+@dataclass(frozen=True)
+class WeightsRef:
+    """Where parameters come from: torchvision's by full name, a file by absolute path or URL, or a seed.
+
+    `none` is the noop engine's, which needs no parameters. A file always has a sha256.
+    """
+
+    kind: Literal["torchvision", "file", "random", "none"]
+    reference: str = ""
+    sha256: str | None = None
+    seed: int = 0
+
+    def identity(self) -> str:
+        """What of it decides the numbers."""
+        if self.kind == "file":
+            return f"sha256:{self.sha256}"
+        return {"torchvision": self.reference, "random": f"random, seed {self.seed}", "none": "none"}[self.kind]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """All that a worker needs to build the model. Picklable.
+
+    `identity` holds the components behind `fingerprint`, so that two datasets' difference can be spelled out.
+    """
+
+    name: str
+    weights: WeightsRef
+    num_classes: int | None  # as asked for; None: whatever the weights or the network have
+    classes: tuple[str, ...] | None
+    transform: Transform  # the preset with the config's overrides on top
+    precision: Precision
+    storage: Storage  # how the weights' URL is reached
+    source: Source | None = field(repr=False)  # of a custom network
+    is_noop: bool
+    fingerprint: str
+    identity: dict[str, Any] = field(hash=False)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What only the built network knows."""
+
+    num_classes: int
+    classes: tuple[str, ...] | None
+    transform: Transform
+    embedding_dim: int
+
+    @property
+    def input_size(self) -> int | None:
+        """Height and width of the pixels; None where images come in sizes of their own."""
+        return self.transform.crop
+
+
+def make_spec(config: JobConfig) -> ModelSpec:
+    """Find and check the model of a job. Reads the weights file once to hash it, unless `model.sha256` is given.
+
+    Raises ConfigError for what can't be built, WeightsError for weights that can't be fetched.
+    """
+    model = config.model
+    if model.precision == "int8":
+        raise ConfigError("model.precision: int8 is not supported yet. Use float32, bfloat16 or float16.")
+    is_noop = config.runtime.engine == "noop"
+    source = locate(model.name, config.directory) if model.is_custom else None
+    weights = WeightsRef("none") if is_noop else _weights(config)
+    classes = class_names(model.classes, config.directory, config.storage)
+    check_count(classes, _num_classes(model, weights))
+    transform = _preset(model).overlaid(model.transform)
+    identity = _identity(config, weights, source, classes, transform)
+    return ModelSpec(
+        name=model.name,
+        weights=weights,
+        num_classes=model.num_classes,
+        classes=classes,
+        transform=transform,
+        precision=model.precision,
+        storage=config.storage,
+        source=source,
+        is_noop=is_noop,
+        fingerprint=digest(identity),
+        identity=identity,
+    )
+
+
+def noop_info(spec: ModelSpec) -> ModelInfo:
+    """The shape of what the noop engine returns: the real network's where that is known without building it."""
+    known = ARCHITECTURES.get(spec.name)
+    named = len(spec.classes) if spec.classes is not None else None
+    num_classes = spec.num_classes or named or NUM_IMAGENET_CLASSES
+    return ModelInfo(num_classes, spec.classes, spec.transform, known.embedding_dim if known else 512)
+
+
+def _num_classes(model: Model, weights: WeightsRef) -> int | None:
+    if weights.kind != "torchvision":
+        return model.num_classes
+    if model.num_classes not in (None, NUM_IMAGENET_CLASSES):
+        raise ConfigError(
+            f"model.num_classes: {weights.reference} has {NUM_IMAGENET_CLASSES} classes, not {model.num_classes}."
+            " Leave it out, or give the weights of a network that was trained on other classes."
+        )
+    return NUM_IMAGENET_CLASSES
+
+
+def _weights(config: JobConfig) -> WeightsRef:
+    model = config.model
+    if model.weights == "random":
+        return WeightsRef("random", seed=model.seed)
+    if PurePosixPath(urlsplit(model.weights).path).suffix in FILE_SUFFIXES:
+        return _weights_file(config)
+    if model.is_custom:
+        raise ConfigError(
+            f"model.weights: the network {model.name} takes a path or URL that ends in {', '.join(FILE_SUFFIXES)},"
+            f" or random (as the callable leaves them); got {model.weights!r}."
+        )
+    reference = full_weights_name(model.name, model.weights)
+    return WeightsRef("torchvision", reference, model.sha256 and model.sha256.lower())
+
+
+def _weights_file(config: JobConfig) -> WeightsRef:
+    """A local path is made absolute and hashed in place, a URL fetched into this node's cache."""
+    url, known = config.model.weights, config.model.sha256
+    if is_local(url):
+        path = local_path(url) if "://" in url else find_file(url, config.directory, "model.weights")
+        url, found = str(path), known or file_sha256(path)
+        if found is None:
+            raise ConfigError(f"model.weights: there is no file {path}.")
+    else:
+        found = known or fetch(url, config.storage).stem
+    return WeightsRef("file", url, found.lower())
+
+
+def _preset(model: Model) -> Transform:
+    """The transform of the torchvision weights; of IMAGENET1K_V1 for weights by path; ImageNet's for custom ones."""
+    if model.is_custom:
+        return Transform()
+    known = architecture(model.name)
+    member = model.weights.rpartition(".")[2]
+    return known.transform(member if member in known.resize else "IMAGENET1K_V1")
+
+
+def _identity(
+    config: JobConfig,
+    weights: WeightsRef,
+    source: Source | None,
+    classes: tuple[str, ...] | None,
+    transform: Transform,
+) -> dict[str, Any]:
+    """What decides the rows, in a form that reads well where two datasets differ. Never the engine, save noop."""
+    model, output = config.model, config.output
+    identity: dict[str, Any] = {
+        "recipe": RECIPE,
+        "name": model.name,
+        "weights": weights.identity(),
+        "classes": classes and f"{len(classes)} names, {digest(classes)}",
+        "transform": transform.model_dump(),
+        "precision": model.precision,
+        "columns": {
+            "predictions": output.predictions,
+            "embeddings": output.embeddings,
+            "top_k": output.top_k if output.predictions else None,
+            "embedding_dtype": output.embedding_dtype if output.embeddings else None,
+        },
+    }
+    if source is not None:
+        identity["source"] = source.meaning
+    if weights.kind in ("random", "none"):  # elsewhere the weights decide it
+        identity["num_classes"] = model.num_classes
+    if weights.kind == "none":
+        identity["engine"] = "noop"
+    return identity

@@ -1,0 +1,187 @@
+"""Parameters of a network: read, verified, unpacked from what training scripts wrap around them, and put in place.
+
+Nothing but tensors and plain values is ever unpickled: a pickle can run code. Imports torch; workers only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import pickle
+import socket
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import WeightsError, clean, redact
+from pipeline.model.cache import check_sha256, fetch, file_sha256, lock
+from pipeline.model.spec import ModelSpec
+from pipeline.storage import is_local
+
+StateDict = dict[str, Tensor]
+
+WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "module", "weights")
+PREFIXES = ("module.", "_orig_mod.", "model.")
+SHOWN_KEYS = 10
+DOWNLOAD_TIMEOUT_S = 60.0
+
+
+def load_state_dict(spec: ModelSpec) -> StateDict:
+    """The tensors of the model's weights, with the keys that their file has, on the CPU.
+
+    Raises WeightsError for a file that can't be fetched or read, holds no tensors, or is not the expected one.
+    """
+    reference, sha256 = spec.weights.reference, spec.weights.sha256
+    if spec.weights.kind == "torchvision":
+        return load_torchvision(reference, sha256)
+    path = Path(reference) if is_local(reference) else fetch(reference, spec.storage, sha256)
+    return parse(_read(path, reference, sha256), reference)
+
+
+def load_torchvision(full_name: str, sha256: str | None = None) -> StateDict:
+    """The tensors of `ResNet50_Weights.IMAGENET1K_V2`, downloaded into torch's hub directory once per node."""
+    from torchvision.models import get_weight
+
+    weights = get_weight(full_name)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    # Ray shows a worker's stdout on the driver's, which may be JSON, and torch.hub prints.
+    with lock(weights.url), contextlib.redirect_stdout(sys.stderr), _socket_timeout(DOWNLOAD_TIMEOUT_S):
+        try:
+            state = weights.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            raise WeightsError(
+                f"cannot fetch {full_name} from {weights.url}: {clean(error)}. Check the network, or download the"
+                f" file elsewhere and put it at {path}."
+            ) from error
+    if sha256 is not None:
+        check_sha256(file_sha256(path) or "", sha256, weights.url)
+    return dict(state)
+
+
+@contextlib.contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """torch.hub opens its connection without one and would wait forever where packets are dropped."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _read(path: Path, reference: str, sha256: str | None) -> bytes:
+    """The file's bytes, read once, so that what was verified is what is loaded."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise WeightsError(
+            f"cannot read the weights {path} on node {socket.gethostname()}: {clean(error)}. A path must exist on"
+            " every node; a URL (s3://, https://) is fetched by each."
+        ) from error
+    check_sha256(hashlib.sha256(data).hexdigest(), sha256, reference)
+    return data
+
+
+def parse(data: bytes, source: str) -> StateDict:
+    """The tensors in the bytes of a .safetensors file or of a torch checkpoint, wrappers removed."""
+    name = redact(source)
+    if name.endswith(".safetensors"):
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            return load(data)
+        except SafetensorError as error:
+            raise WeightsError(f"{name} is not a safetensors file: {clean(error)}.") from error
+    return _unwrap(_unpickle(data, name), name)
+
+
+def _unpickle(data: bytes, name: str) -> Any:
+    try:
+        with torch.serialization.safe_globals(_safe_globals()):
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            raise WeightsError(
+                f"{name} holds pickled objects besides tensors, which are not loaded, since loading them can run any"
+                " code. Where you trust the file, save its tensors alone: torch.save(network.state_dict(), path), or"
+                f" as .safetensors. torch says: {clean(error)}"
+            ) from error
+        raise WeightsError(f"{name} is no checkpoint that torch can read: {clean(error)}.") from error
+
+
+def _safe_globals() -> list[Any]:
+    """What training scripts store beside the tensors and what can't run code: arguments, numpy numbers."""
+    kinds = [getattr(np.dtypes, name) for name in np.dtypes.__all__]
+    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
+    old_names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    return [argparse.Namespace, np.dtype, *kinds, *old_names]
+
+
+def _unwrap(checkpoint: Any, name: str) -> StateDict:
+    """The mapping of tensors in what a training script saved, such as `{"state_dict": …, "epoch": 3}`."""
+    inner = checkpoint
+    while isinstance(inner, Mapping):
+        if tensors := {str(key): value for key, value in inner.items() if isinstance(value, Tensor)}:
+            return tensors
+        inner = next((inner[key] for key in WRAPPERS if isinstance(inner.get(key), Mapping)), None)
+    has = f"the entries {', '.join(map(str, checkpoint))}" if isinstance(checkpoint, Mapping) else type(checkpoint)
+    raise WeightsError(
+        f"{name} holds no state_dict, but {has}. Save torch.save(network.state_dict(), path), or put it under the"
+        f" key {WRAPPERS[0]}."
+    )
+
+
+def match_keys(state: StateDict, own: Iterable[str]) -> StateDict:
+    """The state with those wrappers' prefixes removed (DataParallel, torch.compile, Lightning) that `own` lacks.
+
+    Prefixes are taken off one layer at a time; the layer at which most keys are the network's own is the right one.
+    """
+    wanted, best = set(own), state
+    while True:
+        stripped = {_without_prefix(key): value for key, value in state.items()}
+        if len(stripped) < len(state) or stripped.keys() == state.keys():
+            return best
+        state = stripped
+        if len(wanted & state.keys()) > len(wanted & best.keys()):
+            best = state
+
+
+def _without_prefix(key: str) -> str:
+    return next((key.removeprefix(prefix) for prefix in PREFIXES if key.startswith(prefix)), key)
+
+
+def fill(network: nn.Module, state: StateDict, name: str) -> None:
+    """Copy the tensors into the network. WeightsError that lists what differs unless they fit exactly."""
+    own = network.state_dict()
+    # BatchNorm's counter is absent in old checkpoints, and inference doesn't need it.
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in own]
+    shapes = [
+        f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
+        for key, value in state.items()
+        if key in own and value.shape != own[key].shape
+    ]
+    if missing or unexpected or shapes:
+        raise WeightsError(
+            f"the weights {redact(name)} do not fit the network"
+            + _listed("missing in the weights", missing)
+            + _listed("unknown to the network", unexpected)
+            + _listed("of another shape", shapes)
+            + ". Check model.name and model.num_classes."
+        )
+    network.load_state_dict(state, strict=False)
+
+
+def _listed(what: str, entries: list[str]) -> str:
+    if not entries:
+        return ""
+    more = ", …" if len(entries) > SHOWN_KEYS else ""
+    return f"; {len(entries)} {what}: {', '.join(entries[:SHOWN_KEYS])}{more}"

@@ -1,0 +1,167 @@
+"""Networks by name: the paper's depths, torchvision's ResNet family, and your own. torch is imported on use only."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import Transform, digest
+from pipeline.errors import ConfigError, PipelineError, clean
+from pipeline.model.cache import cache_directory, file_sha256, new_file
+from pipeline.model.classes import check_count
+from pipeline.model.source import load_callable
+from pipeline.model.spec import ModelInfo, ModelSpec, noop_info
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pipeline.model.network import Network
+
+PRETRAINED = {18: "IMAGENET1K_V1", 34: "IMAGENET1K_V1", 50: "IMAGENET1K_V2", 101: "IMAGENET1K_V2", 152: "IMAGENET1K_V2"}
+
+
+def get_resnet(depth: int, pretrained: bool = False, num_classes: int = 1000) -> nn.Module:
+    """The residual network of that many layers (He et al. 2015, table 1), as torchvision builds it.
+
+    With `pretrained`, torchvision's best ImageNet weights of that depth: IMAGENET1K_V1 for 18 and 34 layers,
+    IMAGENET1K_V2 for 50, 101 and 152; they have 1,000 classes. Raises ValueError for another depth.
+    """
+    from torchvision import models
+
+    if depth not in PRETRAINED:
+        raise ValueError(f"there is no ResNet of depth {depth}. Supported: {', '.join(map(str, PRETRAINED))}.")
+    if pretrained and num_classes != 1000:
+        raise ValueError(f"the pretrained weights have 1000 classes, not {num_classes}.")
+    network: nn.Module = models.get_model(f"resnet{depth}", weights=None, num_classes=num_classes)
+    if pretrained:
+        from pipeline.model.weights import load_torchvision
+
+        network.load_state_dict(load_torchvision(f"ResNet{depth}_Weights.{PRETRAINED[depth]}"))
+    return network
+
+
+def build(spec: ModelSpec) -> Network:
+    """The network of a spec with its weights, ready for inference on the CPU: pixels to logits and embedding.
+
+    Raises ConfigError for a network that can't be built, has no pooled embedding or another number of classes than
+    `model.num_classes` says; WeightsError.
+    """
+    from pipeline.model.network import Network, find_head
+
+    body = _with_weights(spec).requires_grad_(False)
+    head = find_head(body, spec.transform.crop, spec.name)
+    if spec.num_classes not in (None, head.num_classes):
+        raise ConfigError(
+            f"model.num_classes is {spec.num_classes}, but the network {spec.name} has {head.num_classes} classes."
+            " A custom callable may take num_classes as an argument; leave the key out otherwise."
+        )
+    return Network(body, head, spec.transform).eval()
+
+
+def resolve(spec: ModelSpec) -> ModelInfo:
+    """What is to be known of the model besides its spec. Builds the network unless this node remembers it.
+
+    Raises ConfigError if there is not one class name for every class; else as `build`.
+    """
+    if spec.is_noop:
+        return noop_info(spec)
+    key = cache_key(spec, "torch", "torchvision")
+    remembered = cache_directory("info") / f"{key}.json" if key else None
+    if remembered is not None and remembered.is_file():
+        return _from_json(remembered.read_text())
+    head, classes = build(spec).head, spec.classes or _imagenet_names(spec)
+    check_count(classes, head.num_classes)
+    info = ModelInfo(head.num_classes, classes, spec.transform, head.embedding_dim)
+    if remembered is not None:
+        with new_file(remembered) as path:
+            path.write_text(json.dumps(asdict(info) | {"transform": info.transform.model_dump()}))
+    return info
+
+
+def cache_key(spec: ModelSpec, *packages: str) -> str | None:
+    """Names what was made from a model with these packages and this code; None where that can change unseen.
+
+    So it is with custom networks, which import packages that the fingerprint knows nothing of.
+    """
+    if spec.source is not None and not spec.source.is_own:
+        return None
+    code = {path.name: file_sha256(path) for path in sorted(Path(__file__).parent.glob("*.py"))}
+    return digest([spec.fingerprint, code, [[package, version(package)] for package in packages]], 32)
+
+
+def _from_json(text: str) -> ModelInfo:
+    data = json.loads(text)
+    classes = None if data["classes"] is None else tuple(data["classes"])
+    return ModelInfo(data["num_classes"], classes, Transform(**data["transform"]), data["embedding_dim"])
+
+
+def _imagenet_names(spec: ModelSpec) -> tuple[str, ...] | None:
+    if spec.weights.kind != "torchvision":
+        return None
+    from torchvision.models import get_weight
+
+    return tuple(get_weight(spec.weights.reference).meta["categories"])
+
+
+def _with_weights(spec: ModelSpec) -> nn.Module:
+    """The network in eval mode, its class count taken from the weights unless the config gives one."""
+    from pipeline.model.network import find_head
+    from pipeline.model.weights import fill, load_state_dict, match_keys
+
+    make = _maker(spec)
+    if spec.weights.kind == "random":
+        return make(spec.num_classes or (len(spec.classes) if spec.classes else None))
+    body = make(spec.num_classes)
+    state = match_keys(load_state_dict(spec), body.state_dict())
+    if spec.num_classes is None:
+        head = find_head(body, spec.transform.crop, spec.name)
+        rows = state.get(f"{head.name}.weight", head.linear.weight).shape[0]
+        if rows != head.linear.out_features:
+            body = make(rows)
+    fill(body, state, spec.weights.reference)
+    return body
+
+
+def _maker(spec: ModelSpec) -> Callable[[int | None], nn.Module]:
+    """What makes the untrained network with a given number of classes, or with its own if that is None."""
+    if spec.source is not None:
+        factory = load_callable(spec.source)
+        takes = _takes_num_classes(factory)
+    else:
+        from torchvision import models
+
+        factory, takes = partial(models.get_model, spec.name, weights=None), True
+    return lambda num_classes: _make(
+        partial(factory, num_classes=num_classes) if takes and num_classes is not None else factory, spec
+    )
+
+
+def _takes_num_classes(factory: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(factory).parameters
+    return "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _make(factory: Callable[[], Any], spec: ModelSpec) -> nn.Module:
+    """Call the factory with the spec's seed, leaving this process's random state alone."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.weights.seed)
+        try:
+            body = factory()
+        except PipelineError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"model.name: calling {spec.name} failed with {type(error).__name__}: {clean(error)}. It is called"
+                " without arguments, or with num_classes where it takes that."
+            ) from error
+    if not isinstance(body, torch.nn.Module):
+        raise ConfigError(f"model.name: {spec.name} returned a {type(body).__name__}, not an nn.Module.")
+    return body.eval()

@@ -1,0 +1,214 @@
+"""What a run says: a live bar or a line every few seconds while it runs, a table and `report.json` at its end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.config import JobConfig
+from pipeline.errors import ExitCode, redact
+
+log = logging.getLogger("pipeline")
+
+LINE_EVERY_S = 5.0
+
+
+@dataclass
+class RunReport:
+    """What a run did. `report.json` holds all of it; times are in seconds."""
+
+    run_id: str
+    output_url: str
+    exit_code: ExitCode = ExitCode.COMPLETE
+    message: str = ""
+    model_fingerprint: str = ""
+    engine: str = ""
+    device: str = ""
+    batch_size: int = 0
+    actors: int = 0
+    shards_listed: int = 0
+    shards_done_before: int = 0
+    shards_committed: int = 0
+    shards_gone: int = 0
+    predicted: int = 0
+    errors: int = 0
+    bytes_written: int = 0
+    started_at: str = ""  # UTC
+    seconds: float = 0.0
+    images_per_s: float = 0.0  # from the first result to the last
+    committed: list[str] = field(default_factory=list)  # shard URLs
+    open: list[dict[str, str]] = field(default_factory=list)  # shard URL and reason
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def public_config(config: JobConfig) -> dict[str, Any]:
+    """The resolved config as it may be shown: passwords and signatures are cut out of URLs."""
+    return {name: _public(value) for name, value in config.model_dump(mode="json").items()}
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _public(child) for name, child in value.items()}
+    if isinstance(value, list):
+        return [_public(child) for child in value]
+    return redact(value) if isinstance(value, str) and "://" in value else value
+
+
+class Counter:
+    """Follows a run for its report; the base of what shows progress."""
+
+    def __init__(self, report: RunReport, num_shards: int, num_bytes: int) -> None:
+        self.report = report
+        self.num_shards, self.num_bytes = num_shards, num_bytes
+        self.settled = 0  # shards committed or given up
+        self.bytes_settled = 0
+        self.images = self.errors = 0  # arrived, whether committed or not
+        self._first_at: float | None = None
+        self._first_images = 0
+        self._last_at = 0.0
+
+    def on_rows(self, rows: int, errors: int) -> None:
+        self.images += rows
+        self.errors += errors
+        if not rows:
+            return
+        self._last_at = time.monotonic()
+        if self._first_at is None:
+            self._first_at, self._first_images = self._last_at, self.images
+
+    def on_committed(self, url: str, size: int, committed: Any) -> None:
+        self._settle(size)
+        self.report.shards_committed += 1
+        self.report.predicted += committed.predicted
+        self.report.errors += committed.errors
+        self.report.bytes_written += committed.num_bytes
+        self.report.committed.append(url)
+
+    def on_open(self, url: str, size: int, reason: str) -> None:
+        self._settle(size)
+        self.report.open.append({"shard": url, "reason": reason})
+        log.warning("shard %s stays open: %s", url, reason)
+
+    def on_tick(self) -> None:
+        """Called several times a second."""
+
+    def _settle(self, size: int) -> None:
+        self.settled += 1
+        self.bytes_settled += size
+
+    @property
+    def images_per_s(self) -> float:
+        """In steady state: from the first block that arrived to the last."""
+        if self._first_at is None or self._last_at <= self._first_at:
+            return 0.0
+        return (self.images - self._first_images) / (self._last_at - self._first_at)
+
+    def seconds_left(self, elapsed_s: float) -> float | None:
+        """By the share of bytes that is through; None before the first shard is."""
+        if not self.bytes_settled:
+            return None
+        return elapsed_s * (self.num_bytes - self.bytes_settled) / self.bytes_settled
+
+    def status(self) -> str:
+        """`12/40 shards · 3,456 images · 812 images/s · 2 errors`"""
+        return (
+            f"{self.settled}/{self.num_shards} shards · {self.images:,} images · {self.images_per_s:,.0f} images/s"
+            f" · {self.errors:,} error{'' if self.errors == 1 else 's'}"
+        )
+
+
+class LogLines(Counter):
+    """For a log file: a line every few seconds."""
+
+    def __init__(self, report: RunReport, num_shards: int, num_bytes: int) -> None:
+        super().__init__(report, num_shards, num_bytes)
+        self._started = self._said = time.monotonic()
+
+    def on_tick(self) -> None:
+        now = time.monotonic()
+        if now - self._said >= LINE_EVERY_S:
+            self._said = now
+            left = self.seconds_left(now - self._started)
+            log.info("%s%s", self.status(), f" · {_duration(left)} left" if left is not None else "")
+
+
+class LiveBar(Counter):
+    """For a terminal: one line that moves."""
+
+    def __init__(self, report: RunReport, num_shards: int, num_bytes: int, console: Console) -> None:
+        super().__init__(report, num_shards, num_bytes)
+        columns: list[ProgressColumn] = [BarColumn(), TextColumn("{task.description}"), _Left(self)]
+        self.progress = Progress(*columns, console=console, transient=True)
+        self._task = self.progress.add_task("starting", total=max(num_bytes, 1))
+
+    def on_tick(self) -> None:
+        self.progress.update(self._task, completed=self.bytes_settled, description=self.status())
+
+
+class _Left(ProgressColumn):
+    """Time left, by our own estimate: rich's follows the last seconds, and shards end in bursts."""
+
+    def __init__(self, counter: Counter) -> None:
+        super().__init__()
+        self._counter = counter
+
+    def render(self, task: Task) -> Text:
+        left = self._counter.seconds_left(task.elapsed or 0.0)
+        return Text(f"{_duration(left)} left" if left is not None else "", style="cyan")
+
+
+@contextmanager
+def watching(report: RunReport, num_shards: int, num_bytes: int) -> Iterator[Counter]:
+    """A live bar where stderr is a terminal, else log lines."""
+    if not sys.stderr.isatty():
+        yield LogLines(report, num_shards, num_bytes)
+        return
+    bar = LiveBar(report, num_shards, num_bytes, Console(stderr=True))
+    with bar.progress:
+        yield bar
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def summary(report: RunReport) -> Table:
+    """The table that ends a run."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column()
+    rows = {
+        "result": f"{report.exit_code.name.lower()}: {report.message}",
+        "output": report.output_url,
+        "shards": f"{report.shards_committed} committed, {report.shards_done_before} done before,"
+        f" {len(report.open)} open, {report.shards_gone} gone from the input",
+        "images": f"{report.predicted:,} predicted, {report.errors:,} errors",
+        "speed": f"{report.images_per_s:,.0f} images/s in steady state, {report.seconds:.1f} s in all",
+        "engine": f"{report.engine} on {report.device}, batches of {report.batch_size}, {report.actors} actor(s)",
+        "written": f"{report.bytes_written / 1e6:,.1f} MB",
+    }
+    if not report.shards_committed:
+        for name in ("images", "speed", "engine", "written"):
+            del rows[name]
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
