@@ -9,7 +9,6 @@ The verbs of the command line are functions here, with the same names:
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ __all__ = [
     "verify",
 ]
 
-__version__ = version("resnet-batch")
+__version__ = "0.1.0"
 
 _HOME = {"JobConfig": "pipeline.config", "load_config": "pipeline.config", "get_resnet": "pipeline.model.zoo"}
 

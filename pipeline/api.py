@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipeline.config import JobConfig, load_config
+from pipeline.config import JobConfig, load_config, make_config
 from pipeline.errors import ConfigError
 from pipeline.storage import Store
 
@@ -21,20 +21,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Config = JobConfig | str | Path
+Config = JobConfig | Mapping[str, Any] | str | Path
 
 
 def _load(config: Config) -> JobConfig:
-    return config if isinstance(config, JobConfig) else load_config(config)
+    if isinstance(config, JobConfig):
+        return config
+    return make_config(config) if isinstance(config, Mapping) else load_config(config)
 
 
 def run(config: Config) -> RunReport:
     """Label and embed what is new or changed in the input; commit shard by shard; say what was done.
 
-    `config` is a JobConfig or the path of a YAML file. Uses the Ray that this process is connected to, the cluster
-    that runs this job, or what `runtime.address` names. The report's `exit_code` is 0 (complete), 1 (not one
-    prediction) or 3 (some shards stay open, run again). Raises a PipelineError where nothing could be done at all:
-    ConfigError, ModelMismatch, WeightsError, AccessDenied, StoreUnavailable.
+    `config` is a JobConfig, a mapping with its sections, or the path of a YAML file. Uses the Ray that this process
+    is connected to, the cluster that runs this job, or what `runtime.address` names. The report's `exit_code` is 0
+    (complete), 1 (not one prediction) or 3 (some shards stay open, run again). Raises a PipelineError where nothing
+    could be done at all: ConfigError, ModelMismatch, WeightsError, AccessDenied, StoreUnavailable.
     """
     from pipeline.running import run as run_job
 
@@ -85,10 +87,13 @@ def predict(images: Any, config: Config) -> pa.Table:
     """Label and embed a few images in this process, without a cluster and without writing anything.
 
     `images`: one image or a list of them, each a path or URL, encoded bytes, a Pillow image, or a uint8 array
-    (H, W, 3). Rows come in the order of the images; one that can't be decoded has `error` and `message` set.
+    (H, W, 3). Rows come in the order of the images; one that can't be decoded has `error` and `message` set. The
+    sections `input` and `output` of a mapping may be left out.
     """
     from pipeline.local import predict_images
 
+    if isinstance(config, Mapping):
+        config = {"input": {"url": "."}, "output": {"url": "."}} | dict(config)
     return predict_images(images, _load(config))
 
 

@@ -1,4 +1,4 @@
-"""Where a run takes place: a Ray of its own in the process tree, a cluster by address, or the one that runs this job."""
+"""Where a run takes place: a Ray of its own in the process tree, a cluster by address, or the one of this job."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ from pipeline.storage import is_local
 log = logging.getLogger(__name__)
 
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a submitted job
+
+
+# What Ray says about itself at every start; its warnings about the work are kept.
+CHATTER = {
+    "ray._private.authentication": logging.ERROR,
+    "ray.data._internal.progress": logging.ERROR,
+    "ray.data._internal.execution.streaming_executor": logging.WARNING,
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,8 @@ def connected(config: JobConfig) -> Iterator[Cluster]:
     """
     import ray
 
+    for name, level in CHATTER.items():
+        logging.getLogger(name).setLevel(level)
     ours = not ray.is_initialized()
     if ours:
         _init(config.runtime.address)

@@ -231,16 +231,14 @@ def _chunks(tasks: Sequence[Task], at_least: int) -> list[list[tuple[int, Task]]
 class Committer:
     """Reads what is in a piece, and commits shards. A long-lived actor: a task per block costs 30 % of the rate."""
 
-    def __init__(self, job: Job, context: CommitContext, tasks: Any) -> None:
-        self._job, self._context = job, context
-        self._tasks: Sequence[Task] = tasks
+    def __init__(self, source: Store, context: CommitContext) -> None:
+        self._source, self._context = source, context
 
     def describe(self, *blocks: pa.Table) -> list[Receipt]:
         """The receipts of these blocks; `piece` is the block's place among the arguments."""
         return [receipt for place, block in enumerate(blocks) for receipt in describe(block, place)]
 
-    def commit(self, decision: Commit) -> Committed:
-        task = self._tasks[decision.shard]
+    def commit(self, decision: Commit, task: Task) -> Committed:
         return commit_shard(
             CommitTask(
                 number=decision.shard,
@@ -253,7 +251,7 @@ class Committer:
             ),
             self._context,
             fetch=ray.get,
-            source_fingerprint=lambda: current_fingerprint(task.shard, Store(self._job.config.input_storage)),
+            source_fingerprint=lambda: current_fingerprint(task.shard, self._source),
         )
 
 
@@ -273,10 +271,10 @@ class Run:
     ) -> None:
         self._tasks, self._watcher = tasks, watcher
         self._progress = Progress(len(tasks), {n: t.after for n, t in enumerate(tasks) if t.after is not None})
-        shared = ray.put(list(tasks))
+        source = Store(job.config.input_storage)
         strategy = {"scheduling_strategy": "SPREAD", "max_concurrency": 2 * MAX_COMMITS}
         self._committers = [
-            Committer.options(**strategy).remote(job, context, shared)  # type: ignore[attr-defined]
+            Committer.options(**strategy).remote(source, context)  # type: ignore[attr-defined]
             for _ in range(min(cluster.num_nodes, 16))
         ]
         self._pending: dict[Any, Callable[[Any], None]] = {}  # what is under way, and what its answer is for
@@ -355,7 +353,7 @@ class Run:
                 self._open(decision.shard, decision.reason)
                 continue
             self._commits += 1
-            committing = self._committer().commit.remote(decision)
+            committing = self._committer().commit.remote(decision, self._tasks[decision.shard])
             self._pending[committing] = partial(self._on_commit, decision.shard)
 
     def _on_commit(self, number: int, answer: Any) -> None:

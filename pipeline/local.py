@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipeline.config import JobConfig
 from pipeline.errors import ConfigError
-from pipeline.inputs.shards import discover
+from pipeline.inputs.shards import Shard, discover
 from pipeline.inputs.stream import pixel_blocks, read_rows
 from pipeline.model.engines import choose_engine
 from pipeline.model.spec import ModelSpec, make_spec
@@ -42,16 +42,33 @@ def predict_images(images: Any, config: JobConfig) -> pa.Table:
 def preview_samples(config: JobConfig, limit: int) -> pa.Table:
     """See `pipeline.api.preview`."""
     shards = discover(config.input, Store(config.input_storage))
-    rows = list(islice(_first_rows(shards, config), limit))
-    table = _results(rows, config)
-    urls = pa.array([shard.url for shard in shards], pa.string()).take(table["shard"])
-    return table.set_column(table.schema.get_field_index("shard"), "shard", urls)
+    return _with_urls(list(islice(_samples(shards, config), limit)), shards, config)
 
 
-def _first_rows(shards: Any, config: JobConfig) -> Iterator[Row]:
+def predict_rows(wanted: Sequence[tuple[Shard, set[int]]], config: JobConfig) -> pa.Table:
+    """Certain samples of certain shards, computed anew. A shard is read up to the last one of them."""
+    shards = [shard for shard, _ in wanted]
+    rows: list[Row] = []
+    for number, (shard, indices) in enumerate(wanted):
+        for row in _samples([shard], config):
+            if row.index in indices:
+                row.shard = number
+                rows.append(row)
+            if row.index >= max(indices):
+                break
+    return _with_urls(rows, shards, config)
+
+
+def _samples(shards: Sequence[Shard], config: JobConfig) -> Iterator[Row]:
     store = Store(config.input_storage)
     for number, shard in enumerate(shards):
         yield from (row for row in read_rows(number, shard, config.input, store) if row.kind <= Kind.ERROR)
+
+
+def _with_urls(rows: list[Row], shards: Sequence[Shard], config: JobConfig) -> pa.Table:
+    table = _results(rows, config)
+    urls = pa.array([shard.url for shard in shards], pa.string()).take(table["shard"])
+    return table.set_column(table.schema.get_field_index("shard"), "shard", urls)
 
 
 def _results(rows: list[Row], config: JobConfig) -> pa.Table:

@@ -22,6 +22,7 @@ from pipeline.errors import ExitCode, redact
 log = logging.getLogger("pipeline")
 
 LINE_EVERY_S = 5.0
+MIN_STEADY_S = 1.0
 
 
 @dataclass
@@ -80,6 +81,7 @@ class Counter:
         self.settled = 0  # shards committed or given up
         self.bytes_settled = 0
         self.images = self.errors = 0  # arrived, whether committed or not
+        self._started = time.monotonic()
         self._first_at: float | None = None
         self._first_images = 0
         self._last_at = 0.0
@@ -115,10 +117,14 @@ class Counter:
 
     @property
     def images_per_s(self) -> float:
-        """In steady state: from the first block that arrived to the last."""
-        if self._first_at is None or self._last_at <= self._first_at:
+        """In steady state, from the first block that arrived to the last; where that is too short to tell, from the
+        start of the flow."""
+        if self._first_at is None:
             return 0.0
-        return (self.images - self._first_images) / (self._last_at - self._first_at)
+        steady = self._last_at - self._first_at
+        if steady < MIN_STEADY_S:
+            return self.images / (self._last_at - self._started)
+        return (self.images - self._first_images) / steady
 
     def seconds_left(self, elapsed_s: float) -> float | None:
         """By the share of bytes that is through; None before the first shard is."""
@@ -139,7 +145,7 @@ class LogLines(Counter):
 
     def __init__(self, report: RunReport, num_shards: int, num_bytes: int) -> None:
         super().__init__(report, num_shards, num_bytes)
-        self._started = self._said = time.monotonic()
+        self._said = self._started
 
     def on_tick(self) -> None:
         now = time.monotonic()

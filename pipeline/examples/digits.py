@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline.examples.tars import write_tar
 from pipeline.errors import ConfigError
+from pipeline.examples.tars import write_tar
 
 HELD_OUT = 450
 TRAIN_SHARDS = 6

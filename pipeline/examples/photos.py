@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from pipeline.examples.tars import write_tar
 from pipeline.errors import ConfigError
+from pipeline.examples.tars import write_tar
 
 SHARDS = 2
 
@@ -43,7 +43,7 @@ def load_photos() -> list[tuple[str, bytes]]:
     except FileNotFoundError as error:
         raise ConfigError(
             f"there is no photograph {error.filename}: install a scikit-image and a scikit-learn that"
-            " resnet-batch knows: pip install 'resnet-batch[photos]'."
+            " resnet-batch knows: pip install 'resnet-batch[demo]'."
         ) from error
 
 
@@ -66,7 +66,5 @@ def _installed(package: str) -> Path:
     """Where a package lies, without importing it: that takes a second, and only its files are wanted."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(
-            "the photographs come with scikit-image and scikit-learn: pip install 'resnet-batch[photos]'."
-        )
+        raise ConfigError("the photographs come with scikit-image and scikit-learn: pip install 'resnet-batch[demo]'.")
     return Path(spec.submodule_search_locations[0])

@@ -115,8 +115,9 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     """The image with its header read and its pixels not. As Image.open, but it keeps the plugin's own words."""
     if not data:
         raise _reject("empty", "there are no bytes")
-    name = _other_format(data)
-    for format_ in FORMATS if name is None else ():
+    if other := _other_format(data):
+        raise _reject("unsupported_format", f"this is {other}; supported are {', '.join(FORMATS)}")
+    for format_ in FORMATS:
         factory, accept = Image.OPEN[format_]
         accepted = accept is None or accept(data[:16])
         if isinstance(accepted, str):  # this build of Pillow lacks the codec, and says so
@@ -126,8 +127,6 @@ def _open(data: bytes) -> ImageFile.ImageFile:
                 return factory(io.BytesIO(data), "")
             except Exception as cause:  # Pillow's parsers raise whatever the bytes lead them to
                 raise _verdict(cause, data) from cause
-    if name is not None:
-        raise _reject("unsupported_format", f"this is {name}; supported are {', '.join(FORMATS)}")
     raise _reject("not_an_image", f"it starts with {data[:16]!r}, which is none of {', '.join(FORMATS)}")
 
 
@@ -216,9 +215,15 @@ def _verdict(cause: Exception, data: bytes) -> Reject:
 
 
 def _is_cut(data: bytes) -> bool:
-    """Whether the header points behind the end, in the two formats where Pillow's message doesn't tell."""
-    if data.startswith(b"RIFF"):
+    """Whether the header points behind the end, in the formats where Pillow's message doesn't tell."""
+    if data.startswith(b"RIFF"):  # WEBP
         return int.from_bytes(data[4:8], "little") + 8 > len(data)
-    if data.startswith((b"II*\0", b"MM\0*")):
+    if data.startswith((b"II*\0", b"MM\0*")):  # TIFF
         return int.from_bytes(data[4:8], "little" if data.startswith(b"II") else "big") >= len(data)
+    if data[4:8] == b"ftyp":  # AVIF: boxes, each beginning with its length, of which 0 and 1 mean something else
+        end, length = 0, 8
+        while length >= 8 and end < len(data):
+            length = int.from_bytes(data[end : end + 4])
+            end += length
+        return end > len(data)
     return False

@@ -125,7 +125,7 @@ def _download(url: str, storage: Storage, path: Path) -> str:
         if isinstance(error, AccessDenied):
             raise error from cause
         raise WeightsError(
-            f"cannot fetch the weights {redact(url)}: {clean(error)}. Check model.weights and the network, or"
-            " download the file and give its path."
+            f"cannot fetch the weights: {clean(error).replace(url, redact(url))}. Or download them and give the file's"
+            " path as model.weights."
         ) from cause
     return hasher.hexdigest()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
-import importlib.util
 import site
 import sys
 import sysconfig
@@ -113,30 +112,25 @@ def _forget_others(source: Source, root: Path) -> None:
 def _find(module: str, directory: Path | None) -> Path:
     """The file of a module, found step by step from its top-level package; nothing is imported."""
     top, *rest = module.split(".")
-    places = [str(folder) for folder in (directory, Path.cwd()) if folder is not None]
-    found: ModuleSpec | None
-    if top == pipeline.__name__:
-        places = [str(OWN_FOLDER)]
-        found = PathFinder.find_spec(top, places)
-    else:
-        # The second finder knows sys.path, and editable installs that put a finder of their own beside it.
-        found = PathFinder.find_spec(top, places) or _find_on_path(top)
+    beside = [str(folder) for folder in (directory, Path.cwd()) if folder is not None]
+    shipped = cache_directory("source")  # copies that this process imported earlier
+    path = [entry for entry in sys.path if not Path(entry).is_relative_to(shipped)]
+    places = [str(OWN_FOLDER)] if top == pipeline.__name__ else [*beside, *path]
+    found = PathFinder.find_spec(top, places) or _find_editable(top)
     for part in rest:
         folders = list(found.submodule_search_locations or []) if found else []
         found = PathFinder.find_spec(part, folders) if folders else None
     if found is None or found.origin is None or not Path(found.origin).is_file():
         raise ConfigError(
-            f"model.name: there is no module {module}. Searched: {', '.join(dict.fromkeys(places))} and the Python"
-            f" path ({', '.join(entry for entry in sys.path if entry)})."
+            f"model.name: there is no module {module}. Searched: {', '.join(dict.fromkeys(filter(None, places)))}."
         )
     return Path(found.origin).absolute()
 
 
-def _find_on_path(top: str) -> ModuleSpec | None:
-    try:
-        return importlib.util.find_spec(top)
-    except ValueError:  # a module without a spec, such as __main__
-        return None
+def _find_editable(top: str) -> ModuleSpec | None:
+    """Editable installs may put a finder of their own beside the path."""
+    others = [finder for finder in sys.meta_path if finder is not PathFinder]
+    return next(filter(None, (finder.find_spec(top, None) for finder in others)), None)
 
 
 def _is_installed(path: Path) -> bool:

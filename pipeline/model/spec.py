@@ -58,7 +58,7 @@ class ModelSpec:
     source: Source | None = field(repr=False)  # of a custom network
     is_noop: bool
     fingerprint: str
-    identity: dict[str, Any] = field(hash=False)
+    identity: dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import tarfile
 import pytest
 from PIL import Image
 
+from pipeline.errors import ConfigError
 from pipeline.examples import photos
 from pipeline.examples.photos import load_photos, write_photo_shards
-from pipeline.errors import ConfigError
 
 
 def test_every_photograph_opens_and_some_are_grey():

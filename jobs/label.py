@@ -1,0 +1,12 @@
+"""`ray job submit --working-dir . -- python jobs/label.py configs/nightly-labels.yaml [key=value …]`: labels only.
+
+The cluster that runs the job does the work, whatever `runtime.address` says. Exits as `resnet-batch run` does.
+"""
+
+import sys
+
+from pipeline.cli import main
+
+if __name__ == "__main__":
+    sys.argv[1:] = ["run", *sys.argv[1:], "output.predictions=true", "output.embeddings=false"]
+    main()

@@ -1,0 +1,151 @@
+"""The same run as a Ray job: what travels to the cluster, and how its log and exit code come back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from pipeline.config import JobConfig
+from pipeline.errors import ExitCode, FatalError
+from pipeline.model.classes import class_names
+from pipeline.model.source import locate
+from pipeline.storage import is_local, local_path
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+ENTRYPOINT = "python -m pipeline run config.yaml"
+STOP_WAIT_S = "60"  # between SIGTERM and SIGKILL when the job is stopped: a run commits what it can
+RECONNECTS = 5
+
+
+def submit_job(config: JobConfig, address: str, wait: bool, submission_id: str | None) -> int | str:
+    """See `pipeline.api.submit`. A submission id that the cluster knows already is followed, not started again."""
+    client = _client(address)
+    with tempfile.TemporaryDirectory(prefix="resnet-batch-") as folder:
+        pack(config, Path(folder))
+        job = submission_id if submission_id and _is_known(client, submission_id) else None
+        if job is None:
+            environment = {"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": STOP_WAIT_S}}
+            job = client.submit_job(entrypoint=ENTRYPOINT, submission_id=submission_id, runtime_env=environment)
+    print(f"job {job} on {address}", file=sys.stderr)
+    return follow(client, job) if wait else job
+
+
+def pack(config: JobConfig, folder: Path) -> None:
+    """Put into a folder all that the job needs of this machine: config, custom network, class names, this program.
+
+    Data and weights do not travel: they are read from where the config says. Secrets don't either: the cluster has
+    identities of its own.
+    """
+    data = config.model_dump(mode="json", exclude_unset=True)
+    data["input"]["url"] = [_absolute(url) for url in config.input.urls]
+    data["output"]["url"] = _absolute(config.output.url)
+    names = class_names(config.model.classes, config.directory, config.storage)
+    if names is not None:
+        data["model"]["classes"] = list(names)
+    OmegaConf.save(OmegaConf.create(data), folder / "config.yaml")
+    if config.model.is_custom:
+        for name, content in locate(config.model.name, config.directory).files:
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+    package = Path(__file__).parent
+    shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def follow(client: JobSubmissionClient, job: str) -> int:
+    """Print the job's log as it comes; its exit code at the end.
+
+    Runs in a thread with an event loop of its own, since a notebook cell is inside a running one. A stopped job has
+    no exit code; what it committed stays, so it counts as incomplete.
+    """
+    failure: list[BaseException] = []
+
+    def tail() -> None:
+        try:
+            asyncio.run(_tail(client, job))
+        except RuntimeError as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=tail, daemon=True)
+    thread.start()
+    thread.join()
+    if failure:
+        raise FatalError(f"lost the log of job {job}: {failure[0]}. It may run on: `ray job logs --follow {job}`.")
+    info: Any = client.get_job_info(job)
+    if info.driver_exit_code is not None:
+        return int(info.driver_exit_code)
+    stopped = str(info.status) == "STOPPED"
+    print(f"job {job} {str(info.status).lower()}: {info.message}", file=sys.stderr)
+    return int(ExitCode.INCOMPLETE if stopped else ExitCode.FAILED)
+
+
+async def _tail(client: JobSubmissionClient, job: str) -> None:
+    """A connection that drops is opened again; what was shown is skipped."""
+    shown = 0
+    for attempt in range(RECONNECTS + 1):
+        seen = 0
+        try:
+            async for text in client.tail_job_logs(job):
+                fresh = text[max(0, shown - seen) :]
+                seen += len(text)
+                if fresh:
+                    print(fresh, end="", flush=True)
+                    shown = seen
+        except RuntimeError:
+            if attempt == RECONNECTS:
+                raise
+            await asyncio.sleep(2**attempt)
+        else:
+            return
+
+
+def _client(address: str) -> JobSubmissionClient:
+    from ray.job_submission import JobSubmissionClient
+
+    token = _token()
+    headers = {"Authorization": f"Bearer {token}"} if token else None
+    with _without("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # they would override the address that was asked for
+        try:
+            return JobSubmissionClient(address, headers=headers)
+        except (ConnectionError, RuntimeError) as cause:
+            raise FatalError(
+                f"cannot reach the Ray dashboard at {address}: {cause}. Check the address (often a port-forward to"
+                " 8265), and the token in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."
+            ) from cause
+
+
+def _token() -> str | None:
+    """From where Ray takes it; sent as a header, since Ray itself looks only once, when it is imported."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+    return path.read_text().strip() if path.is_file() else None
+
+
+@contextmanager
+def _without(*names: str) -> Iterator[None]:
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
+def _is_known(client: JobSubmissionClient, job: str) -> bool:
+    return any(info.submission_id == job for info in client.list_jobs())
+
+
+def _absolute(url: str) -> str:
+    return str(local_path(url)) if is_local(url) else url

@@ -1,0 +1,110 @@
+"""The job's policy allows every request that our storage makes on the night's input and output, and none outside."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from pipeline.config import Storage, load_config
+from pipeline.errors import NotFound
+from pipeline.storage import Store
+
+INFRA = Path(__file__).parents[2] / "infra"
+ACTIONS = {"GET": "s3:GetObject", "HEAD": "s3:GetObject", "PUT": "s3:PutObject", "DELETE": "s3:DeleteObject"}
+NOTHING = b"<ListBucketResult><IsTruncated>false</IsTruncated><KeyCount>0</KeyCount></ListBucketResult>"
+Request = tuple[str, str, str | None]  # action, bucket[/key], prefix of a listing
+
+
+class EmptyStore(ThreadingHTTPServer):
+    """Buckets without objects, and the requests that were made on them."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.requests: list[Request] = []
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: EmptyStore
+    protocol_version = "HTTP/1.1"  # which answers `Expect: 100-continue`: without, a PUT waits for ever
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        url = urlsplit(self.path)
+        listing = parse_qs(url.query) if "list-type" in url.query else None
+        action = "s3:ListBucket" if listing else ACTIONS[self.command]
+        self.server.requests.append((action, url.path.strip("/"), listing["prefix"][0] if listing else None))
+        body = NOTHING if listing else b""
+        self.send_response(200 if listing or self.command == "PUT" else 404)
+        self.send_header("ETag", '"0cc175b9c0f1b6a831c399e269772661"')
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_HEAD = do_PUT = do_DELETE = do_GET
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def empty() -> Iterator[EmptyStore]:
+    with EmptyStore() as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def store(empty: EmptyStore, monkeypatch: pytest.MonkeyPatch) -> Store:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "none")
+    return Store(Storage(endpoint_url=f"http://127.0.0.1:{empty.server_port}", deadline_s=10.0))
+
+
+def allowed(request: Request) -> bool:
+    """What IAM says: some statement names the action and matches the resource and, of a listing, the prefix."""
+    action, path, prefix = request
+    for statement in json.loads((INFRA / "aws" / "iam" / "job-policy.json").read_text())["Statement"]:
+        actions, resources = (
+            [value] if isinstance(value, str) else value for value in (statement["Action"], statement["Resource"])
+        )
+        wanted = statement.get("Condition", {}).get("StringLike", {}).get("s3:prefix", "*")
+        if (
+            action in actions
+            and any(fnmatchcase(f"arn:aws:s3:::{path}", resource) for resource in resources)
+            and fnmatchcase(prefix or "", wanted)
+        ):
+            return True
+    return False
+
+
+def test_every_request_of_a_night_is_allowed(store: Store, empty: EmptyStore) -> None:
+    config = load_config(INFRA / "kubernetes" / "nightly.yaml")
+    (source,), output = config.input.urls, config.output.url
+    part = f"{output}/data/part.parquet"
+    store.glob(source)
+    for folder in ("", "/_ledger", "/data", "/errors"):
+        store.find(output + folder)
+    store.put(part, b"a")
+    store.put_if_absent(f"{output}/_dataset.json", b"a")
+    store.delete(part)
+    with pytest.raises(NotFound):
+        store.read(source.replace("*", "one"))
+    assert {action for action, _, _ in empty.requests} == {"s3:ListBucket", *ACTIONS.values()}
+    assert [request for request in empty.requests if not allowed(request)] == []
+
+
+def test_nothing_outside_is_allowed() -> None:
+    config = load_config(INFRA / "kubernetes" / "nightly.yaml")
+    raw, labels = (url.removeprefix("s3://").partition("/")[0] for url in (config.input.urls[0], config.output.url))
+    assert not allowed(("s3:PutObject", config.input.urls[0].removeprefix("s3://"), None))
+    assert not allowed(("s3:GetObject", f"{labels}/other/part.parquet", None))
+    for bucket in (raw, labels):
+        assert not allowed(("s3:ListBucket", bucket, ""))

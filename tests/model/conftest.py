@@ -1,0 +1,56 @@
+"""Fixtures of the model tests. Every test has a node's cache of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import JobConfig, make_config
+from tests.model.helpers import FileServer, discriminating_state
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("RESNET_BATCH_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def job() -> Callable[..., JobConfig]:
+    """`job(name="resnet18", engine="eager", directory=…)`: a config with that model."""
+
+    def make(*, engine: str = "auto", output: dict[str, Any] | None = None, **model: Any) -> JobConfig:
+        directory = model.pop("directory", None)
+        sections = {"model": model, "output": {"url": "out", **(output or {})}, "runtime": {"engine": engine}}
+        return make_config({"input": {"url": "in"}, **sections}, directory)
+
+    return make
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    import torch
+
+    path = tmp_path / "discriminating.pth"
+    torch.save(discriminating_state(), path)
+    return path
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Path], FileServer]]:
+    servers: list[FileServer] = []
+
+    def start(folder: Path) -> FileServer:
+        servers.append(FileServer(folder))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
