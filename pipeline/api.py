@@ -86,9 +86,10 @@ def read(
 def predict(images: Any, config: Config) -> pa.Table:
     """Label and embed a few images in this process, without a cluster and without writing anything.
 
-    `images`: one image or a list of them, each a path or URL, encoded bytes, a Pillow image, or a uint8 array
-    (H, W, 3). Rows come in the order of the images; one that can't be decoded has `error` and `message` set. The
-    sections `input` and `output` of a mapping may be left out.
+    `images`: one image or several, each a path or URL, encoded bytes, a Pillow image, or a uint8 array (H, W, 3) or
+    (H, W). Rows come in the order of the images; one that can't be decoded has `error` and `message` set, and nulls
+    elsewhere. The sections `input` and `output` of a mapping may be left out. Raises NotFound for a path where
+    there is no file.
     """
     from pipeline.local import predict_images
 
@@ -131,4 +132,6 @@ def init(path: str | Path = "config.yaml") -> Path:
             file.write(template)
     except FileExistsError:
         raise ConfigError(f"{target} exists already. Choose another name.") from None
+    except OSError as cause:
+        raise ConfigError(f"cannot write {target}: {cause.strerror}. Choose another place.") from None
     return target

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -20,9 +20,10 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
-from pipeline.errors import ConfigError
+from pipeline.config_errors import explain, is_secret, option_paths
+from pipeline.errors import ConfigError, has_password, redact
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -33,11 +34,27 @@ Precision = Literal["float32", "bfloat16", "float16", "int8"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-SECRET_WORDS = ("secret", "token", "password", "credential", "access_key", "account_key")
+
+
+def _harmless(url: str) -> str:
+    if not url:
+        raise ValueError("must not be empty")
+    if has_password(url):
+        raise ValueError(
+            "a name or password in a URL would be written into the dataset and its logs. Leave it out, and let the"
+            " environment hold what the store asks for"
+        )
+    return url
+
+
+Url = Annotated[str, AfterValidator(_harmless)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
+
+
+S = TypeVar("S", bound=Section)
 
 
 class Transform(Section):
@@ -64,16 +81,13 @@ class Transform(Section):
 
     def overlaid(self, override: Transform | None) -> Transform:
         """This transform with those keys replaced that `override` was explicitly given."""
-        return self.model_copy(update=override.explicit()) if override else self
-
-    def explicit(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in sorted(self.model_fields_set)}
+        return _overlaid(self, override)
 
 
 class Storage(Section):
     """How a store is reached; passed to fsspec. Secrets come from the environment, never from the file."""
 
-    endpoint_url: str | None = None
+    endpoint_url: Url | None = None
     options: dict[str, Any] = {}
     shared: bool = False  # a local path is the same directory on every node
     connect_timeout_s: PositiveFloat = 5.0
@@ -83,17 +97,17 @@ class Storage(Section):
     @field_validator("options")
     @classmethod
     def _no_secrets(cls, options: dict[str, Any]) -> dict[str, Any]:
-        for path in _leaf_paths(options):
-            if path[-1] in ("key", "sas") or any(word in path[-1].lower() for word in SECRET_WORDS):
+        for path, value in option_paths(options):
+            if is_secret(path) or (isinstance(value, str) and has_password(value)):
                 raise ValueError(
-                    f"{'.'.join(path)} looks like a secret. Leave it out and set it in the environment"
+                    f"{path} looks like a secret. Leave it out and set it in the environment"
                     " (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or an instance role)"
                 )
         return options
 
 
 class Input(Section):
-    url: str | Annotated[list[str], Field(min_length=1)]
+    url: Url | Annotated[list[Url], Field(min_length=1)]
     format: Literal["auto", "webdataset", "parquet", "files"] = "auto"
     image: str | None = None  # Parquet: the image column; default: the only binary or struct<bytes, path> one
     key: str | None = None  # Parquet: the column to take keys from
@@ -133,7 +147,7 @@ class Model(Section):
 
 
 class Output(Section):
-    url: str
+    url: Url
     predictions: bool = True
     embeddings: bool = True
     top_k: PositiveInt = 5
@@ -173,17 +187,17 @@ class JobConfig(Section):
 
     @property
     def input_storage(self) -> Storage:
-        return _overlay(self.storage, self.input.storage)
+        return _overlaid(self.storage, self.input.storage)
 
     @property
     def output_storage(self) -> Storage:
-        return _overlay(self.storage, self.output.storage)
+        return _overlaid(self.storage, self.output.storage)
 
 
-def _overlay(base: Storage, override: Storage | None) -> Storage:
-    if override is None:
-        return base
-    return base.model_copy(update={name: getattr(override, name) for name in override.model_fields_set})
+def _overlaid(base: S, override: S | None) -> S:
+    """`base` with those keys replaced that `override` was explicitly given."""
+    given = sorted(override.model_fields_set) if override else ()
+    return base.model_copy(update={name: getattr(override, name) for name in given})
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> JobConfig:
@@ -191,18 +205,14 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
     Raises ConfigError that names every wrong key with its full path, its value and the nearest valid key.
     """
+    config = OmegaConf.create() if path is None else _read(path)
+    for override in overrides:
+        _override(config, override)
     try:
-        merged = OmegaConf.merge(
-            OmegaConf.load(path) if path is not None else OmegaConf.create(),
-            OmegaConf.from_dotlist(_checked_overrides(overrides)),
-        )
-        data = OmegaConf.to_container(merged, resolve=True)
-    except FileNotFoundError:
-        raise ConfigError(f"there is no config file {path}. `resnet-batch init` writes one to start from.") from None
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"cannot read the config {path or ''}: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"the config {path} must be a mapping with the sections {', '.join(JobConfig.model_fields)}.")
+        data = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"cannot make out the config: {_reason(error)}.") from error
+    assert isinstance(data, dict), "the root is a mapping, and overrides have keys"
     return make_config(data, directory=Path(path).resolve().parent if path is not None else None)
 
 
@@ -211,64 +221,60 @@ def make_config(data: Mapping[Any, Any], directory: Path | None = None) -> JobCo
     try:
         config = JobConfig.model_validate(dict(data))
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(error, data))) from None
+        raise ConfigError("\n".join(explain(error, data, config_keys(JobConfig)))) from None
     config._directory = directory
     return config
 
 
-def _checked_overrides(overrides: Sequence[str]) -> list[str]:
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"an override reads section.key=value, as in model.name=resnet18; got {override!r}.")
-    return list(overrides)
+def _read(path: str | Path) -> DictConfig:
+    try:
+        config = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"there is no config file {redact(str(path))}. `resnet-batch init` writes one to start from."
+        ) from None
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"cannot read the config {path}: {_reason(error)}.") from error
+    if not isinstance(config, DictConfig):
+        raise ConfigError(f"the config {path} must be a mapping with the sections {', '.join(JobConfig.model_fields)}.")
+    return config
 
 
-def _explain(error: ValidationError, data: Mapping[Any, Any]) -> Iterator[str]:
-    """One line per wrong key. A union reports an error for every branch; they are put into one line."""
-    messages: dict[str, list[str]] = {}
-    values: dict[str, Any] = {}
-    for item in error.errors():
-        path, value = _real_path(item["loc"], data)
-        text = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        if item["type"] == "extra_forbidden":
-            text = f"unknown key{_nearest(path)}"
-        elif item["type"] == "missing":
-            text = "missing: this key is needed"
-        messages.setdefault(path, []).append(text)
-        values[path] = value
-    for path, texts in messages.items():
-        shown = "" if texts[0].startswith("missing") or _is_secret(path) else f" (got {values[path]!r})"
-        yield f"{path or 'config'}: {' or '.join(dict.fromkeys(texts))}{shown}"
+def _override(config: DictConfig, override: str) -> None:
+    """Set one key. A mapping is merged into what is there; a list replaces it."""
+    key, equals, text = override.partition("=")
+    if not key or not equals:
+        raise ConfigError(
+            f"an override reads section.key=value, as in model.name=resnet18; got {redact(override)!r}. A config file"
+            " comes before all overrides."
+        )
+    try:
+        OmegaConf.update(config, key, _value(text), merge=True, force_add=True)
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{key}: cannot set it to what was given: {_reason(error)}.") from error
 
 
-def _real_path(location: tuple[int | str, ...], data: Any) -> tuple[str, Any]:
-    """The key's path in the user's data: pydantic's location also names union branches, which are no keys."""
-    path: list[str] = []
-    for step in location:
-        if isinstance(data, Mapping):
-            path.append(str(step))
-            data = data.get(step)
-        elif isinstance(data, list) and isinstance(step, int):
-            path.append(str(step))
-            data = data[step]
-    return ".".join(path), data
+def _value(text: str) -> Any:
+    """What stands behind the `=`: YAML where that is a list, a mapping, quoted, a number, true, false or null; else
+    the text as it is, since `*.tar`, `a: b` and `images #1` are paths here."""
+    is_yaml = text.startswith(("[", "{", "'", '"'))
+    try:
+        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+    except YAMLError:
+        if is_yaml:
+            raise
+        return text
+    value = parsed["value"]
+    return value if is_yaml or value is None or isinstance(value, int | float) else text
 
 
-def _nearest(path: str) -> str:
-    known = config_keys(JobConfig)
-    # A bare key such as `url=` is compared with the last parts too, since forgetting the section is common.
-    by_last = {key.rsplit(".", 1)[-1]: key for key in known}
-    near = difflib.get_close_matches(path, known, n=1, cutoff=0.7)
-    near = near or [by_last[m] for m in difflib.get_close_matches(path.rsplit(".", 1)[-1], by_last, n=1, cutoff=0.7)]
-    if near:
-        return f"; did you mean {near[0]}?"
-    section = path.rpartition(".")[0]
-    siblings = [key.rsplit(".", 1)[-1] for key in known if key.rpartition(".")[0] == section]
-    return f"; valid keys here: {', '.join(siblings)}" if siblings else ""
-
-
-def _is_secret(path: str) -> bool:
-    return ".options" in path or any(word in path.lower() for word in SECRET_WORDS)
+def _reason(error: Exception) -> str:
+    """One line, without the excerpts that YAML's errors may hold."""
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
+    place = getattr(error, "full_key", None)
+    text = str(error).strip().partition("\n")[0]
+    return redact(f"{place}: {text}" if place else text)
 
 
 def config_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
@@ -280,14 +286,6 @@ def config_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 keys.extend(config_keys(kind, f"{prefix}{name}."))
     return keys
-
-
-def _leaf_paths(options: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            yield from _leaf_paths(value, (*above, str(name)))
-        else:
-            yield (*above, str(name))
 
 
 def digest(value: Any, length: int = 16) -> str:

@@ -44,7 +44,7 @@ PREDICT_CPUS = 0.1
 READ_CPUS = 0.1
 DECODE_CPUS = 0.9
 BLOCK_BYTES = 16 * 2**20
-MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 128, 2048
+MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 128, 1024
 READ_TASK_BYTES = 64 * 2**20
 MAX_COMMITS = 16  # under way at once; more pieces than that wait in the object store
 STOP_GRACE_S = 20.0
@@ -141,10 +141,11 @@ def pieces(tasks: Sequence[Task], job: Job, cluster: Cluster) -> Dataset:
             )
         else:
             pixels = _read(_PixelSource(tasks, job, cluster), DECODE_CPUS)
-        return pixels.map_batches(
+        # Not map_batches: with a GPU that insists on a batch size, and would hold blocks back until it is reached.
+        return pixels.map_batches_internal(
             ResNetPredictor,
             fn_constructor_args=(job.spec, job.info, job.settings),
-            batch_size=job.rows_per_block,
+            batch_size=None,  # a block as it is: the predictor cuts it into batches of its own
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=job.num_actors),
             num_cpus=PREDICT_CPUS,
@@ -384,7 +385,8 @@ def readable(error: BaseException) -> BaseException:
     """Our own error inside what Ray wraps around it, if there is one."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, PipelineError):
+        inner = getattr(cause, "cause", None)  # what a RayTaskError, itself of the cause's class, was made of
+        if isinstance(cause, PipelineError) and inner is None:
             return cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
+        cause = inner or cause.__cause__
     return error

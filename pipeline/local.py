@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipeline.config import JobConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, Reject, clean
+from pipeline.inputs.readers import read
 from pipeline.inputs.shards import Shard, discover
-from pipeline.inputs.stream import pixel_blocks, read_rows
+from pipeline.inputs.stream import pixel_blocks
 from pipeline.model.engines import choose_engine
 from pipeline.model.spec import ModelSpec, make_spec
 from pipeline.model.zoo import resolve
@@ -26,43 +27,43 @@ from pipeline.storage import Store
 if TYPE_CHECKING:
     from pipeline.model.predictor import ResNetPredictor
 
-MAX_BATCH_SIZE = 32
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+TIFF_MODES = ("F", "I")  # read as such files are: their black and white are not known
+BATCH_SIZES = (1, 8, 32)  # few, since a network is loaded for one of them and kept
 
 
 def predict_images(images: Any, config: JobConfig) -> pa.Table:
     """See `pipeline.api.predict`."""
-    items = images if isinstance(images, list | tuple) else [images]
     store = Store(config.input_storage)
-    rows = [
-        Row(0, Kind.SAMPLE, number, _name(item, number), _encoded(item, store)) for number, item in enumerate(items)
-    ]
+    rows = [_row(number, image, store) for number, image in enumerate(_items(images))]
     return _results(rows, config).drop_columns(["shard"])
 
 
 def preview_samples(config: JobConfig, limit: int) -> pa.Table:
     """See `pipeline.api.preview`."""
-    shards = discover(config.input, Store(config.input_storage))
-    return _with_urls(list(islice(_samples(shards, config), limit)), shards, config)
+    store = Store(config.input_storage)
+    shards = discover(config.input, store)
+    return _with_urls(list(islice(_samples(shards, config, store), limit)), shards, config)
 
 
 def predict_rows(wanted: Sequence[tuple[Shard, set[int]]], config: JobConfig) -> pa.Table:
     """Certain samples of certain shards, computed anew. A shard is read up to the last one of them."""
-    shards = [shard for shard, _ in wanted]
+    store = Store(config.input_storage)
     rows: list[Row] = []
     for number, (shard, indices) in enumerate(wanted):
-        for row in _samples([shard], config):
+        for row in islice(_samples([shard], config, store), max(indices) + 1):
             if row.index in indices:
                 row.shard = number
                 rows.append(row)
-            if row.index >= max(indices):
-                break
-    return _with_urls(rows, shards, config)
+    return _with_urls(rows, [shard for shard, _ in wanted], config)
 
 
-def _samples(shards: Sequence[Shard], config: JobConfig) -> Iterator[Row]:
-    store = Store(config.input_storage)
+def _samples(shards: Sequence[Shard], config: JobConfig, store: Store) -> Iterator[Row]:
+    """The samples and error rows of these shards; raises what a store that does not deliver raises."""
     for number, shard in enumerate(shards):
-        yield from (row for row in read_rows(number, shard, config.input, store) if row.kind <= Kind.ERROR)
+        for sample in read(shard, config.input, store):
+            kind = Kind.SAMPLE if sample.reject is None else Kind.ERROR
+            yield Row(number, kind, sample.index, sample.key, sample.data, sample.reject)
 
 
 def _with_urls(rows: list[Row], shards: Sequence[Shard], config: JobConfig) -> pa.Table:
@@ -74,7 +75,7 @@ def _with_urls(rows: list[Row], shards: Sequence[Shard], config: JobConfig) -> p
 def _results(rows: list[Row], config: JobConfig) -> pa.Table:
     """Identity, results, and `error` and `message` where there is no result; sorted by shard and index."""
     spec = make_spec(config)
-    batch_size = min(MAX_BATCH_SIZE, max(len(rows), 1))
+    batch_size = next((size for size in BATCH_SIZES if size >= len(rows)), BATCH_SIZES[-1])
     output = config.output
     predictor = _predictor(
         _Hashable(spec), config.runtime.engine, config.runtime.device, batch_size, output.model_dump_json()
@@ -100,7 +101,7 @@ class _Hashable:
         return isinstance(other, _Hashable) and other.spec.fingerprint == self.spec.fingerprint
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=len(BATCH_SIZES))
 def _predictor(key: _Hashable, engine: str, device: str, batch_size: int, output_json: str) -> ResNetPredictor:
     """Loading a network takes seconds, and a notebook calls again and again."""
     import torch
@@ -117,8 +118,24 @@ def _predictor(key: _Hashable, engine: str, device: str, batch_size: int, output
     return ResNetPredictor(spec, info, PredictorSettings(engine, device, batch_size, output.top_k, columns))
 
 
+def _items(images: Any) -> Iterable[Any]:
+    """One image, or each of several."""
+    is_one = isinstance(images, str | Path | bytes | bytearray | memoryview | Image.Image)
+    if is_one or (isinstance(images, np.ndarray) and images.ndim < 4) or not isinstance(images, Iterable):
+        return [images]
+    return images
+
+
 def _name(image: Any, number: int) -> str:
     return str(image) if isinstance(image, str | Path) else str(number)
+
+
+def _row(number: int, image: Any, store: Store) -> Row:
+    name = _name(image, number)
+    try:
+        return Row(0, Kind.SAMPLE, number, name, _encoded(image, store))
+    except (OSError, SyntaxError, ValueError) as cause:  # Pillow reads a file's pixels when they are asked for
+        return Row(0, Kind.ERROR, number, name, reject=Reject("decode", "corrupt", clean(cause)))
 
 
 def _encoded(image: Any, store: Store) -> bytes:
@@ -128,11 +145,17 @@ def _encoded(image: Any, store: Store) -> bytes:
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3):
+        has_shape = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
+        if image.dtype != np.uint8 or not has_shape or image.size == 0:
             raise ConfigError(f"an image array is uint8 (H, W, 3) or (H, W); got {image.dtype} {image.shape}.")
         image = Image.fromarray(image)
     if not isinstance(image, Image.Image):
         raise ConfigError(f"an image is a path, a URL, bytes, a Pillow image or an array; got {type(image).__name__}.")
+    upright = ImageOps.exif_transpose(image)
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG", compress_level=1)
+    if upright.mode in TIFF_MODES:
+        upright.save(buffer, "TIFF")
+    else:
+        upright = upright if upright.mode in PNG_MODES else upright.convert("RGB")
+        upright.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

@@ -1,8 +1,14 @@
 """What is there to do: the listing of the input against the ledger of the output. Opens no shard.
 
-Groups of loose files need an order. When a new file begins a group, the old group shrinks and the new one takes its
-tail: the shrunk one is committed first. When a group's first file goes, its neighbour takes the rest: the group that
-vanished is retired first. So a sample may be absent for a moment, but never stands twice.
+Groups of loose files need an order, so that a file never stands in two parts. It rests on one rule, which every commit
+keeps: a part of a group holds no file from the first path of the next group that stands on. So only two kinds of old
+groups can hold files that a group is about to take:
+
+- those that begin among its files; the listing has them no more, and they MUST be retired first
+- where it does not stand itself, the one that stands next before it, which MUST be retired first if the listing has it
+  no more, and else, if it is to do as well, be committed (and so shrink) first
+
+So a sample may be absent for a moment, but never stands twice.
 """
 
 from __future__ import annotations
@@ -56,14 +62,23 @@ def make_plan(config: JobConfig) -> Plan:
 
 def compare(shards: Iterable[Shard], standing: Mapping[str, Standing], vanished: Mapping[str, str]) -> Plan:
     """The plan, as a pure function. `vanished` maps the ids of groups that are gone to their shard URLs."""
-    listed = {shard.id: shard for shard in shards}
-    todo = [s for s in listed.values() if _fingerprint(standing, s.id) != s.fingerprint]
-    done = [s for s in listed.values() if _fingerprint(standing, s.id) == s.fingerprint]
+    listed = list(shards)
+    old = _OldGroups({s.url: s.id for s in listed if s.kind == "files" and s.id in standing}, vanished)
+    todo: list[tuple[Shard, str | None, tuple[str, ...]]] = []
+    done: list[Shard] = []
+    for shard in listed:
+        before, retires = old.around(shard) if shard.kind == "files" else (None, ())
+        # A group may be done and a vanished one stand among its files: a rival's late write has brought it back.
+        if _fingerprint(standing, shard.id) == shard.fingerprint and not retires:
+            done.append(shard)
+        else:
+            todo.append((shard, before, retires))
+    places: dict[str | None, int] = {shard.id: place for place, (shard, _, _) in enumerate(todo)}
     return Plan(
-        tasks=_in_order(todo, listed.values(), standing, vanished),
+        tasks=[Task(shard, places.get(before), retires) for shard, before, retires in todo],
         done=done,
-        changed=[s.url for s in todo if s.id in standing],
-        gone=sorted(standing.keys() - listed.keys()),
+        changed=[shard.url for shard, _, _ in todo if shard.id in standing],
+        gone=sorted(standing.keys() - {shard.id for shard in listed}),
     )
 
 
@@ -78,44 +93,25 @@ def _vanished_groups(shards: list[Shard], standing: Mapping[str, Standing], data
     if not roots:
         return {}
     listed = {shard.id for shard in shards}
-    marks = [found.marks[0] for name, found in standing.items() if name not in listed and found.marks]
-    bodies = zip(marks, dataset.read_marks(marks), strict=True)
-    return {mark.shard_id: body["shard"] for mark, body in bodies if body["shard"].startswith(roots)}
-
-
-def _in_order(
-    todo: list[Shard], listed: Iterable[Shard], standing: Mapping[str, Standing], vanished: Mapping[str, str]
-) -> list[Task]:
-    places = {shard.id: place for place, shard in enumerate(todo)}
-    rows = {s.url: s.id for s in listed if s.kind == "files" and s.id in standing}
-    old = _OldGroups(rows | {url: name for name, url in vanished.items()})
-    tasks = []
-    for shard in todo:
-        if shard.kind != "files":
-            tasks.append(Task(shard))
-            continue
-        holder, taken = old.sources_of(shard)
-        sources = [*taken, *([holder] if holder else [])]
-        after = places.get(holder) if holder else None
-        tasks.append(Task(shard, after, tuple(name for name in sources if name in vanished)))
-    return tasks
+    urls = dataset.shard_urls({name: found for name, found in standing.items() if name not in listed})
+    return {name: url for name, url in urls.items() if url.startswith(roots)}
 
 
 class _OldGroups:
-    """The groups that have rows in the dataset, by URL: each held the files from its first path to the next's."""
+    """The groups that stand in the dataset, by URL, and so in the order of their first paths."""
 
-    def __init__(self, ids: Mapping[str, str]) -> None:
-        self._ids = ids
-        self._urls = sorted(ids)
+    def __init__(self, listed: Mapping[str, str], vanished: Mapping[str, str]) -> None:
+        self._vanished = vanished
+        self._ids = dict(listed) | {url: name for name, url in vanished.items()}
+        self._urls = sorted(self._ids)
 
-    def sources_of(self, shard: Shard) -> tuple[str | None, list[str]]:
-        """The old group that may have held the beginning of this shard, unless it is the shard itself, and the ones
-        that began further on among its files."""
+    def around(self, shard: Shard) -> tuple[str | None, tuple[str, ...]]:
+        """The old group that may hold the beginning of this one, and all that must be retired before it."""
         prefix = f"{shard.root}#"
         last = prefix + relative(shard.root, shard.members[-1].url)
         begin, end = bisect.bisect_left(self._urls, shard.url), bisect.bisect_right(self._urls, last)
-        inside = self._urls[begin:end]
-        if inside and inside[0] == shard.url:
-            return None, [self._ids[url] for url in inside[1:]]
-        before = self._urls[begin - 1] if begin and self._urls[begin - 1].startswith(prefix) else None
-        return (self._ids[before] if before else None), [self._ids[url] for url in inside]
+        before = None
+        if shard.url not in self._ids and begin and self._urls[begin - 1].startswith(prefix):
+            before = self._ids[self._urls[begin - 1]]
+        sources = [self._ids[url] for url in self._urls[begin:end]] + ([before] if before else [])
+        return before, tuple(name for name in sources if name in self._vanished)

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -53,7 +53,8 @@ class RunReport:
     config: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
+        """Names that are not UTF-8 stay as JSON's `\\udcff`."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False).encode(errors="backslashreplace").decode()
 
     def __str__(self) -> str:
         return self.message
@@ -72,16 +73,20 @@ def _public(value: Any) -> Any:
     return redact(value) if isinstance(value, str) and "://" in value else value
 
 
+Clock = Callable[[], float]  # seconds
+
+
 class Counter:
     """Follows a run for its report; the base of what shows progress."""
 
-    def __init__(self, report: RunReport, num_shards: int, num_bytes: int) -> None:
+    def __init__(self, report: RunReport, num_shards: int, num_bytes: int, clock: Clock = time.monotonic) -> None:
         self.report = report
+        self.clock = clock
         self.num_shards, self.num_bytes = num_shards, num_bytes
         self.settled = 0  # shards committed or given up
         self.bytes_settled = 0
-        self.images = self.errors = 0  # arrived, whether committed or not
-        self._started = time.monotonic()
+        self.images = self.errors = 0  # arrived, whether committed or not; error rows are among the images
+        self._started = clock()
         self._first_at: float | None = None
         self._first_images = 0
         self._last_at = 0.0
@@ -91,7 +96,7 @@ class Counter:
         self.errors += errors
         if not rows:
             return
-        self._last_at = time.monotonic()
+        self._last_at = self.clock()
         if self._first_at is None:
             self._first_at, self._first_images = self._last_at, self.images
 
@@ -101,12 +106,12 @@ class Counter:
         self.report.predicted += committed.predicted
         self.report.errors += committed.errors
         self.report.bytes_written += committed.num_bytes
-        self.report.committed.append(url)
+        self.report.committed.append(redact(url))
 
     def on_open(self, url: str, size: int, reason: str) -> None:
         self._settle(size)
-        self.report.open.append({"shard": url, "reason": reason})
-        log.warning("shard %s stays open: %s", url, reason)
+        self.report.open.append({"shard": redact(url), "reason": redact(reason)})
+        log.warning("shard %s stays open: %s", redact(url), redact(reason))
 
     def on_tick(self) -> None:
         """Called several times a second."""
@@ -123,14 +128,15 @@ class Counter:
             return 0.0
         steady = self._last_at - self._first_at
         if steady < MIN_STEADY_S:
-            return self.images / (self._last_at - self._started)
+            return self.images / max(self._last_at - self._started, 1e-3)
         return (self.images - self._first_images) / steady
 
-    def seconds_left(self, elapsed_s: float) -> float | None:
+    @property
+    def seconds_left(self) -> float | None:
         """By the share of bytes that is through; None before the first shard is."""
         if not self.bytes_settled:
             return None
-        return elapsed_s * (self.num_bytes - self.bytes_settled) / self.bytes_settled
+        return (self.clock() - self._started) * (self.num_bytes - self.bytes_settled) / self.bytes_settled
 
     def status(self) -> str:
         """`12/40 shards · 3,456 images · 812 images/s · 2 errors`"""
@@ -143,15 +149,15 @@ class Counter:
 class LogLines(Counter):
     """For a log file: a line every few seconds."""
 
-    def __init__(self, report: RunReport, num_shards: int, num_bytes: int) -> None:
-        super().__init__(report, num_shards, num_bytes)
+    def __init__(self, report: RunReport, num_shards: int, num_bytes: int, clock: Clock = time.monotonic) -> None:
+        super().__init__(report, num_shards, num_bytes, clock)
         self._said = self._started
 
     def on_tick(self) -> None:
-        now = time.monotonic()
+        now = self.clock()
         if now - self._said >= LINE_EVERY_S:
             self._said = now
-            left = self.seconds_left(now - self._started)
+            left = self.seconds_left
             log.info("%s%s", self.status(), f" · {_duration(left)} left" if left is not None else "")
 
 
@@ -176,7 +182,7 @@ class _Left(ProgressColumn):
         self._counter = counter
 
     def render(self, task: Task) -> Text:
-        left = self._counter.seconds_left(task.elapsed or 0.0)
+        left = self._counter.seconds_left
         return Text(f"{_duration(left)} left" if left is not None else "", style="cyan")
 
 
@@ -199,9 +205,6 @@ def _duration(seconds: float) -> str:
 
 def summary(report: RunReport) -> Table:
     """The table that ends a run."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
-    table.add_column()
     rows = {
         "result": f"{report.exit_code.name.lower()}: {report.message}",
         "output": report.output_url,
@@ -215,6 +218,14 @@ def summary(report: RunReport) -> Table:
     if not report.shards_committed:
         for name in ("images", "speed", "engine", "written"):
             del rows[name]
+    return facts(rows)
+
+
+def facts(rows: dict[str, str]) -> Table:
+    """Names and values side by side. Nothing is cut off, and brackets in a value are no markup."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(Text(name), Text(value))
     return table

@@ -6,11 +6,12 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.errors import NotFound
+from pipeline.errors import FatalError, NotFound, clean
 from pipeline.outputs.dataset import Dataset
 from pipeline.storage import Store
 
 LAST_RUNS = 5
+SHOWN = ("run_id", "started_at", "exit_code", "message", "predicted", "errors", "seconds", "images_per_s")
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,19 @@ def read_status(url: str, store: Store) -> Status:
         raise NotFound(f"there is no dataset at {url}: it has no _dataset.json. Check the URL, or run a job first.")
     standing = dataset.standing()
     marks = [found.valid_mark for found in standing.values() if found.valid_mark is not None]
-    bodies = dataset.read_marks(marks)
+    try:
+        counts = [(int(body["predicted"]), int(body["errors"])) for body in dataset.read_marks(marks)]
+    except (ValueError, KeyError, TypeError) as cause:
+        raise FatalError(
+            f"a mark in {dataset.path('_ledger')} is damaged: {clean(cause)}. `resnet-batch verify {url}` names it."
+        ) from cause
     return Status(
         url=url,
         model=identity["model"],
         num_classes=identity["num_classes"],
         shards=len(marks),
-        predicted=sum(body["predicted"] for body in bodies),
-        errors=sum(body["errors"] for body in bodies),
+        predicted=sum(predicted for predicted, _ in counts),
+        errors=sum(errors for _, errors in counts),
         num_bytes=sum(file.size for file in store.find(dataset.path("data"))),
         incomplete=sorted(name for name, found in standing.items() if found.valid_mark is None),
         last_runs=_last_runs(dataset),
@@ -55,6 +61,13 @@ def _last_runs(dataset: Dataset) -> list[dict[str, Any]]:
     urls = sorted(
         (f.url for f in dataset.store.find(dataset.path("_runs")) if f.url.endswith("/report.json")), reverse=True
     )
-    shown = ("run_id", "started_at", "exit_code", "message", "predicted", "errors", "seconds", "images_per_s")
-    reports = (json.loads(dataset.store.read(url)) for url in urls[:LAST_RUNS])
-    return [{name: report.get(name) for name in shown} for report in reports]
+    return [_summary(dataset, url) for url in urls[:LAST_RUNS]]
+
+
+def _summary(dataset: Dataset, url: str) -> dict[str, Any]:
+    try:
+        report = json.loads(dataset.store.read(url))
+        return {name: report[name] for name in SHOWN}
+    except (ValueError, KeyError, TypeError):
+        nothing: dict[str, Any] = dict.fromkeys(SHOWN)
+        return nothing | {"run_id": url.split("/")[-2], "message": "its report.json cannot be read"}

@@ -1,4 +1,4 @@
-"""Local disks and object stores behind one small surface: list, open, put, put if absent, delete.
+"""Local disks and object stores behind one small surface: list, open, read, put, put if absent, delete.
 
 Every call has a deadline and retries what is transient; errors come out as those of `pipeline.errors`. Listings
 are never cached. A put is atomic: on an object store one PUT (a multipart upload above 5 GiB, whose completion is
@@ -8,7 +8,9 @@ local disk from the temporary file), never from a look afterwards, since that co
 
 from __future__ import annotations
 
+import functools
 import io
+import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,22 +19,27 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, TypeVar, cast
 
 from fsspec.utils import glob_translate
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import Retrying, retry_if_exception_type, stop_before_delay, wait_random_exponential
 
-from pipeline.backends import Backend, FileInfo, backend, canonical, is_local, local_path, sweep
+from pipeline.backends import Backend, FileInfo, LocalDisk, Page, canonical, is_local, local_path, sweep
 from pipeline.config import Storage
 from pipeline.errors import (
+    ConfigError,
     NotFound,
+    OutcomeUnknown,
     PipelineError,
     PreconditionFailed,
     SourceChanged,
     StoreUnavailable,
+    clean,
+    redact,
     translate,
 )
+from pipeline.remote import S3, Fsspec, Web
 
 __all__ = ["FileInfo", "Store", "canonical", "is_local", "join", "local_path", "split_pattern"]
 
-WILDCARDS = re.compile(r"[*?\[]")
+AT_ONCE = 16  # lookups under way
 T = TypeVar("T")
 
 
@@ -42,7 +49,8 @@ def join(url: str, *names: str) -> str:
 
 def split_pattern(url: str) -> tuple[str, bool]:
     """The folder above the first wildcard and whether there is a wildcard at all."""
-    found = WILDCARDS.search(url)
+    # In a web address `?` begins the query and `[` stands around an IPv6 host.
+    found = re.search(r"[*]" if url.startswith(("http://", "https://")) else r"[*?\[]", url)
     return (url[: found.start()].rpartition("/")[0], True) if found else (url, False)
 
 
@@ -53,60 +61,75 @@ class Store:
         self.options = options or Storage()
 
     def find(self, url: str) -> list[FileInfo]:
-        """All files below a folder, sorted by URL; [] if there is no such folder (an object store knows none)."""
-        return self._retry(lambda b: sorted(b.find(canonical(url).rstrip("/")), key=_by_url), "list", url)
+        """All files below a folder, sorted by URL; [] if there is no such folder (an object store knows none).
+
+        A bucket that does not exist is a ConfigError.
+        """
+        return self._files(_folder(url), "")
 
     def glob(self, pattern: str) -> list[FileInfo]:
         """The files that a pattern with `*`, `?`, `[…]` or `**` matches, sorted by URL."""
         pattern = canonical(pattern)
-        base, _ = split_pattern(pattern)
-        matches = re.compile(glob_translate(pattern)).match
-        flat = "/" not in pattern[len(base) + 1 :] and "**" not in pattern
-        found = self._retry(lambda b: list(b.prefixed(base, "") if flat else b.find(base)), "list", base)
-        return sorted((info for info in found if matches(info.url)), key=_by_url)
+        base = split_pattern(pattern)[0]
+        if "://" not in base:
+            raise ConfigError(f"{pattern}: a bucket's or a server's name cannot be a pattern.")
+        rest = pattern[len(base) + 1 :]
+        prefix = re.split(r"[*?\[]", rest)[0]
+        try:
+            matches = re.compile(glob_translate(pattern)).match
+        except (ValueError, re.error) as cause:
+            raise ConfigError(f"{pattern}: {cause}.") from cause
+        depth = None if "**" in rest else rest.count("/") + 1
+        found = self._files("file:///" if base == "file://" else base, prefix, depth)
+        return [info for info in found if matches(info.url)]
 
     def starting_with(self, prefix: str) -> list[FileInfo]:
         """The files directly in a folder whose name begins with the last part of `prefix`."""
         folder, _, name = canonical(prefix).rpartition("/")
-        found = self._retry(lambda b: list(b.prefixed(folder, name)), "list", prefix)
-        return sorted(found, key=_by_url)
+        return self._files(folder, name, depth=1)
 
     def info(self, url: str) -> FileInfo:
         """Size and version by one HEAD; NotFound if the file does not exist."""
-        return self._retry(lambda b: b.info(canonical(url)), "look up", url)
+        return self._retry(lambda: self._at(url).info(canonical(url)), "look up", url)
 
     def infos(self, urls: list[str]) -> list[FileInfo]:
         """`info` of many files, 16 at a time."""
-        with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(self.info, urls))
-
-    def exists(self, url: str) -> bool:
+        pool = ThreadPoolExecutor(AT_ONCE)
         try:
-            self.info(url)
-        except NotFound:
-            return False
-        return True
+            return list(pool.map(self.info, urls))
+        finally:
+            pool.shutdown(cancel_futures=True)  # where one fails, the others would wait for their deadlines
 
     def open(self, url: str, version: str | None = None, read_ahead: bool = True) -> BinaryIO:
-        """A seekable stream. With `version`, SourceChanged unless the file still is that version."""
-        file, found = self._retry(lambda b: b.open(canonical(url), read_ahead), "open", url)
-        if version is not None and found != version:
+        """A seekable stream. With `version`, SourceChanged unless the file still is that version.
+
+        It delivers the bytes of the version that was opened or raises SourceChanged, never a mix of two. (On a local
+        disk that holds for files that are replaced, not for those that are written to in place.)
+        """
+        file, found = self._retry_reading(lambda: self._at(url).open(canonical(url), read_ahead), "open", url)
+        if version not in (None, found):
             file.close()
-            raise SourceChanged(f"{url} changed since it was listed. The next run takes the new version.")
+            raise _changed(url)
         return cast(BinaryIO, _RetryingFile(file, url, self))
 
-    def read(self, url: str) -> bytes:
-        with self.open(url) as file:
-            return file.read()
+    def read(self, url: str, version: str | None = None) -> bytes:
+        """A whole file, from an object store by one GET, whose checksum is verified; `version` as in `open`."""
+        data, found = self._retry_reading(lambda: self._at(url).read(canonical(url)), "read", url)
+        if version not in (None, found):
+            raise _changed(url)
+        return data
 
     def put(self, url: str, data: bytes | Path) -> str:
-        """Write or replace a file atomically, from memory or from a local file; answers its version."""
-        return self._retry(lambda b: b.put(canonical(url), data), "write", url)
+        """Write or replace a file atomically, from memory or from a local file; answers its version.
+
+        Raises OutcomeUnknown where a store stopped answering: the file may stand all the same, now or later.
+        """
+        return self._retry_writing(lambda: self._at(url).put(canonical(url), data), url)
 
     def put_if_absent(self, url: str, data: bytes) -> bool:
         """Write a file unless one stands there. False may also mean that our own earlier attempt landed."""
         try:
-            self._retry(lambda b: b.put_if_absent(canonical(url), data), "write", url)
+            self._retry_writing(lambda: self._at(url).put_if_absent(canonical(url), data), url)
         except PreconditionFailed:
             return False
         return True
@@ -114,38 +137,82 @@ class Store:
     def delete(self, url: str) -> None:
         """Delete a file; it is no error if it is gone already."""
         with suppress(NotFound):
-            self._retry(lambda b: b.delete(canonical(url)), "delete", url)
+            self._retry(lambda: self._at(url).delete(canonical(url)), "delete", url)
 
     def sweep(self, url: str) -> None:
         """Remove what writers that were killed have left below a local folder."""
         if is_local(url):
             sweep(local_path(url))
 
-    def _retry(self, call: Callable[[Backend], T], doing: str, url: str) -> T:
+    def _files(self, folder: str, prefix: str, depth: int | None = None) -> list[FileInfo]:
+        """Page by page, each with a deadline of its own, since a listing of a million keys takes minutes."""
+        found: list[FileInfo] = []
+        token = None
+        while True:
+            page, token = self._page(folder, prefix, depth, token)
+            found += page
+            if token is None:
+                return sorted(found, key=lambda info: info.url)
+
+    def _page(self, folder: str, prefix: str, depth: int | None, token: str | None) -> Page:
+        return self._retry(lambda: self._at(folder).page(folder, prefix, depth, token), "list", folder)
+
+    def _at(self, url: str) -> Backend:
+        return _backend(canonical(url), self.options)
+
+    def _retry(self, call: Callable[[], T], doing: str, url: str) -> T:
         def attempt() -> T:
             try:
-                return call(self._backend(url))
-            except (PipelineError, NotImplementedError):
+                return call()
+            except PipelineError:
                 raise
             except Exception as cause:
                 raise translate(cause, doing, url) from cause
 
-        return self.retrying()(attempt)
-
-    def retrying(self) -> Retrying:
         return Retrying(
             retry=retry_if_exception_type(StoreUnavailable),
             wait=wait_random_exponential(multiplier=0.2, max=8),
-            stop=stop_after_delay(self.options.deadline_s),
+            stop=stop_before_delay(self.options.deadline_s),
             reraise=True,
-        )
+        )(attempt)
 
-    def _backend(self, url: str) -> Backend:
-        return backend(canonical(url), self.options)
+    def _retry_reading(self, call: Callable[[], T], doing: str, url: str) -> T:
+        try:
+            return self._retry(call, doing, url)
+        except PreconditionFailed as cause:
+            raise _changed(url) from cause
+
+    def _retry_writing(self, call: Callable[[], T], url: str) -> T:
+        try:
+            return self._retry(call, "write", url)
+        except StoreUnavailable as cause:
+            if is_local(url):
+                raise  # the rename came to nothing, so nothing was written
+            raise OutcomeUnknown(f"{cause} The file may have been written all the same.") from cause
 
 
-def _by_url(info: FileInfo) -> str:
-    return info.url
+def _folder(url: str) -> str:
+    return canonical(url) if is_local(url) else canonical(url).rstrip("/")
+
+
+def _changed(url: str) -> SourceChanged:
+    return SourceChanged(f"{redact(url)} changed since it was listed. The next run takes the new version.")
+
+
+def _backend(url: str, options: Storage) -> Backend:
+    if is_local(url):
+        return LocalDisk()
+    # An inherited filesystem is not fork-safe: each process has its own.
+    return _remote(os.getpid(), url.partition("://")[0], options.model_dump_json())
+
+
+@functools.lru_cache(maxsize=8)
+def _remote(process: int, protocol: str, options: str) -> Backend:
+    kind = {"s3": S3, "http": Web, "https": Web}.get(protocol, Fsspec)
+    try:
+        return kind(protocol, Storage.model_validate_json(options))
+    except (ImportError, ValueError, TypeError) as cause:
+        raise ConfigError(f"cannot use {protocol}:// with this storage section: {clean(cause)}.") from cause
 
 
 class _RetryingFile(io.RawIOBase):
@@ -155,13 +222,11 @@ class _RetryingFile(io.RawIOBase):
         self._file, self._url, self._store = file, url, store
 
     def read(self, size: int | None = -1, /) -> bytes:
+        count = -1 if size is None else size
         try:
-            return self._file.read(-1 if size is None else size)
-        except Exception as cause:
-            error = translate(cause, "read", self._url)
-            if not isinstance(error, StoreUnavailable):
-                raise error from cause
-        return self._store._retry(lambda _: self._file.read(-1 if size is None else size), "read", self._url)
+            return self._store._retry_reading(lambda: self._file.read(count), "read", self._url)
+        except NotFound as cause:  # it was there when it was opened
+            raise _changed(self._url) from cause
 
     def readinto(self, buffer: Any, /) -> int:
         data = self.read(len(buffer))

@@ -1,29 +1,37 @@
-"""A whole dataset checked from the outside: marks, parts, errors parts, footers and rows against each other."""
+"""A whole dataset checked from the outside: marks, parts, errors parts, footers and rows against each other.
+
+Every part is read, some thousand rows at a time, so that memory does not grow with it. Damage is a problem with a
+name, never a crash; what a store fails to deliver is raised, since it says nothing about the dataset.
+"""
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.config import JobConfig, make_config
-from pipeline.errors import ConfigError, NotFound
-from pipeline.inputs.shards import discover
-from pipeline.local import predict_rows
-from pipeline.outputs.dataset import PARQUET, Dataset, Identity, read_table
-from pipeline.outputs.ledger import Standing
+from pipeline.config import JobConfig
+from pipeline.errors import NotFound, clean
+from pipeline.inputs.shards import shard_id
+from pipeline.outputs.dataset import PARQUET, Dataset, Identity
+from pipeline.outputs.ledger import Mark, Standing
 from pipeline.outputs.schema import Footer, errors_schema, part_schema
+from pipeline.recomputing import recompute
 from pipeline.rows import Columns
 from pipeline.storage import Store
 
-SAMPLE_MIN_COSINE = 0.99  # of the centred embeddings of another engine or processor
+AT_ONCE = 4  # parts
+BATCH_ROWS = 2048
+READ_BYTES = 4 * 2**20  # per column and step, whatever the size of a row group
+STAGES = ("read", "decode", "predict")
+DAMAGE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)  # what pyarrow and json say of a damaged file
 
 
 @dataclass
@@ -36,6 +44,7 @@ class Verification:
     errors: int = 0
     sampled: int = 0
     agreed: int = 0
+    note: str = ""  # on what could not be sampled
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -46,22 +55,25 @@ class Verification:
         text = f"{self.shards} shards, {self.predicted:,} rows, {self.errors:,} error rows"
         if self.sampled:
             text += f"; {self.agreed} of {self.sampled} recomputed rows agree"
-        return "\n".join([f"{text}: {'all is well' if self.ok else f'{len(self.problems)} problems'}", *self.problems])
+        count = f"{len(self.problems)} problem{'' if len(self.problems) == 1 else 's'}"
+        lines = [f"{text}: {'all is well' if self.ok else count}", self.note, *self.problems]
+        return "\n".join(line for line in lines if line)
 
 
 def verify_dataset(url: str, store: Store, sample: int = 0, config: JobConfig | None = None) -> Verification:
     """Read every part of the dataset and name every offender.
 
     With `sample`, so many rows are recomputed from their source bytes, with the given config or that of the last run.
+    Raises NotFound where there is no dataset.
     """
     dataset = Dataset(url, store)
     identity = dataset.identity()
     if identity is None:
         raise NotFound(f"there is no dataset at {url}: it has no _dataset.json.")
     result = Verification(url)
-    urls: dict[str, str] = {}
+    sound: dict[str, Footer] = {}
     standing = sorted(dataset.standing().items())
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         checked = pool.map(lambda item: _check_shard(dataset, identity, *item), standing)
         for (name, _), (footer, problems) in zip(standing, checked, strict=True):
             result.problems.extend(f"{name}: {problem}" for problem in problems)
@@ -70,128 +82,199 @@ def verify_dataset(url: str, store: Store, sample: int = 0, config: JobConfig | 
             result.shards += 1
             result.predicted += footer.predicted
             result.errors += footer.errors
-            if urls.setdefault(footer.shard, name) != name:
-                result.problems.append(f"{name}: {footer.shard} stands twice, also as {urls[footer.shard]}")
-    if sample and result.ok:
-        _recompute(dataset, sample, config or _last_config(dataset), result)
+            if not problems:
+                sound[name] = footer
+    if sample:
+        found = recompute(dataset, sound, sample, config)
+        result.sampled, result.agreed, result.note = found.sampled, found.agreed, found.note
+        result.problems.extend(found.problems)
     return result
 
 
+# --- One shard -----------------------------------------------------------------------------------------------------
+
+
+class _Damaged(Exception):
+    """A file that cannot be read for what it holds."""
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except DAMAGE as cause:
+        raise _Damaged(f"{name} is damaged or not ours: {clean(cause)}") from cause
+
+
 def _check_shard(
-    dataset: Dataset, identity: Identity, shard_id: str, standing: Standing
+    dataset: Dataset, identity: Identity, name: str, standing: Standing
 ) -> tuple[Footer | None, list[str]]:
-    mark = standing.valid_mark
-    if mark is None:
-        marks = f"{len(standing.marks)} marks" if len(standing.marks) != 1 else "a mark for other versions"
-        there = [name for name in ("part", "errors") if getattr(standing, name) is not None]
-        return None, [f"not committed: {marks}, and there is {' and '.join(there) or 'no part'}. A run does it again."]
-    body = dataset.read_mark(mark)
-    rows, footer = _read(dataset, f"data/{shard_id}{PARQUET}")
-    has_errors = standing.errors is not None
-    errors = _read(dataset, f"errors/{shard_id}{PARQUET}")[0] if has_errors else errors_schema().empty_table()
-    problems = list(_problems(rows, errors, footer, identity))
+    """The footer of the part if it is committed and can be read, and everything that is wrong."""
+    try:
+        mark = standing.valid_mark
+        if mark is None:
+            return None, [f"not committed: {_why_not(dataset, standing)}. A run does it again."]
+        body = _mark_body(dataset, mark)
+        part = _scan(dataset, "data", name, identity)
+        errors = _scan(dataset, "errors", name, identity) if standing.errors is not None else None
+    except _Damaged as damage:
+        return None, [str(damage)]
+    except NotFound as gone:
+        return None, [f"it changed while it was checked, verify again: {gone}"]
+    return part.footer, [*_footer_problems(name, mark, body, part, errors), *_index_problems(part, errors)]
+
+
+def _mark_body(dataset: Dataset, mark: Mark) -> Mapping[str, Any]:
+    with _naming(f"_ledger/{mark.name}"):
+        body = dataset.read_mark(mark)
+        if not isinstance(body, dict):
+            raise TypeError(f"it holds {type(body).__name__}")
+        return body
+
+
+def _why_not(dataset: Dataset, standing: Standing) -> str:
+    there = [name for name, version in (("part", standing.part), ("errors part", standing.errors)) if version]
+    if len(standing.marks) != 1 or standing.part is None:
+        marks = f"{len(standing.marks) or 'no'} mark{'' if len(standing.marks) == 1 else 's'}"
+        return f"{marks} and {' and '.join(f'a {name}' for name in there) or 'no part'}"
+    errors = _mark_body(dataset, standing.marks[0]).get("errors")
+    if errors and standing.errors is None:
+        return f"its mark counts {errors} error rows, and there is no errors part"
+    if standing.errors is not None and not errors:
+        return "there is an errors part, and its mark counts no error rows"
+    return f"its mark vouches for another {' or '.join(there)} than stands there"
+
+
+@dataclass
+class _Scanned:
+    """A part or an errors part that was read to its end."""
+
+    footer: Footer
+    indices: np.ndarray  # int64 (rows,)
+    problems: dict[str, None]  # in order, each once
+
+
+def _scan(dataset: Dataset, folder: str, name: str, identity: Identity) -> _Scanned:
+    with (
+        _naming(f"{folder}/{name}{PARQUET}"),
+        dataset.store.open(dataset.path(folder, name + PARQUET), read_ahead=False) as file,
+    ):
+        parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=READ_BYTES)
+        schema = parquet.schema_arrow
+        footer = Footer.of(schema)
+        result = _Scanned(footer, np.empty(0, np.int64), {})
+        if footer.model_fingerprint != identity["model_fingerprint"]:
+            result.problems[f"model {footer.model_fingerprint}, but the dataset is {identity['model_fingerprint']}"] = (
+                None
+            )
+        expected = errors_schema() if folder == "errors" else _part_schema_like(schema)
+        if not schema.equals(expected):
+            raise ValueError(f"its columns are {_columns(schema)}, not {_columns(expected)}")
+        indices = []
+        for batch in parquet.iter_batches(BATCH_ROWS, use_threads=False):
+            rows = pa.Table.from_batches([batch])
+            found = _error_problems(rows) if folder == "errors" else _row_problems(rows, identity)
+            result.problems.update(dict.fromkeys([*_shard_problems(rows, footer), *found]))
+            indices.append(rows["index"].to_numpy())
+        result.indices = np.concatenate([result.indices, *indices])
+        return result
+
+
+def _part_schema_like(schema: pa.Schema) -> pa.Schema:
+    """What the schema of a part with these columns must be: embedding's type and width are what they are."""
+    embedding = schema.field("embedding").type if "embedding" in schema.names else None
+    if embedding is not None and not pa.types.is_fixed_size_list(embedding):
+        raise ValueError(f"embedding is {embedding}, not a list of fixed size")
+    dim, is_half = (embedding.list_size, embedding.value_type == pa.float16()) if embedding is not None else (0, False)
+    return part_schema(
+        Columns("class_id" in schema.names, embedding is not None, "float16" if is_half else "float32", dim)
+    )
+
+
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(f"{f.name} {f.type}" for f in schema)
+
+
+def _footer_problems(
+    name: str, mark: Mark, body: Mapping[str, Any], part: _Scanned, errors: _Scanned | None
+) -> Iterator[str]:
+    footer = part.footer
     if footer.body() != body:
-        problems.append(f"its mark says {body}, its footer {footer.body()}")
+        yield f"its mark says {dict(body)}, its footer {footer.body()}"
     if footer.shard_fingerprint != mark.fingerprint:
-        problems.append(f"its mark is for source {mark.fingerprint}, its footer for {footer.shard_fingerprint}")
-    return footer, problems
+        yield f"its mark is for source {mark.fingerprint}, its footer for {footer.shard_fingerprint}"
+    if shard_id(footer.shard) != name and "\\udc" not in footer.shard:  # a name that is not UTF-8 stands there escaped
+        yield f"it is the part of another shard, {footer.shard}"
+    if errors is not None and errors.footer != footer:
+        yield f"its errors part says {errors.footer.body()}, its part {footer.body()}"
+    num_errors = len(errors.indices) if errors is not None else 0
+    if (len(part.indices), num_errors) != (footer.predicted, footer.errors):
+        yield (
+            f"{len(part.indices)} rows and {num_errors} error rows, its footer says {footer.predicted} and"
+            f" {footer.errors}"
+        )
+    if footer.listed != footer.predicted + footer.errors:
+        yield f"{footer.listed} samples listed, but {footer.predicted} predicted and {footer.errors} errors"
+    yield from part.problems
+    yield from (f"errors part: {problem}" for problem in (errors.problems if errors is not None else ()))
 
 
-def _read(dataset: Dataset, name: str) -> tuple[pa.Table, Footer]:
-    with dataset.store.open(dataset.path(name), read_ahead=False) as file:
-        table = pq.read_table(file)
-    return table.replace_schema_metadata(), Footer.of(table.schema)
+def _index_problems(part: _Scanned, errors: _Scanned | None) -> Iterator[str]:
+    """Promise: each index below `listed` is there once, as a row or as an error row."""
+    listed = part.footer.listed
+    indices, counts = np.unique(
+        np.concatenate([part.indices, errors.indices]) if errors is not None else part.indices, return_counts=True
+    )
+    missing = np.setdiff1d(np.arange(listed), indices)
+    twice = indices[counts > 1]
+    beyond = indices[(indices < 0) | (indices >= listed)]
+    for found, what in (
+        (missing, "is missing"),
+        (twice, "stands twice"),
+        (beyond, f"is none of the {listed} listed"),
+    ):
+        if len(found):
+            yield f"index {found[0]} {what}{f', and {len(found) - 1} more like it' if len(found) > 1 else ''}"
 
 
-def _problems(rows: pa.Table, errors: pa.Table, footer: Footer, identity: Identity) -> Iterator[str]:
-    if footer.model_fingerprint != identity["model_fingerprint"]:
-        yield f"model {footer.model_fingerprint}, but the dataset is {identity['model_fingerprint']}"
-    if rows.num_rows != footer.predicted or errors.num_rows != footer.errors:
-        yield f"{rows.num_rows} rows and {errors.num_rows} error rows, its footer says {footer}"
-    indices = np.sort(np.concatenate([rows["index"].to_numpy(), errors["index"].to_numpy()]))
-    if not np.array_equal(indices, np.arange(footer.listed)):
-        yield f"its indices are not 0..{footer.listed - 1}, each once"
-    for table in (rows, errors):
-        if table.num_rows and set(table["shard"].unique().to_pylist()) != {footer.shard}:
-            yield f"rows of other shards than {footer.shard}"
-    yield from _schema_problems(rows.schema, errors.schema)
-    if "embedding" in rows.column_names and rows.num_rows:
+# --- Rows ----------------------------------------------------------------------------------------------------------
+
+
+def _shard_problems(rows: pa.Table, footer: Footer) -> Iterator[str]:
+    if rows.num_rows and pc.unique(rows["shard"]).to_pylist() != [footer.shard]:
+        yield f"rows of other shards than {footer.shard}"
+
+
+def _error_problems(rows: pa.Table) -> Iterator[str]:
+    if not set(pc.unique(rows["stage"]).to_pylist()) <= set(STAGES):
+        yield f"error rows of another stage than {', '.join(STAGES)}"
+
+
+def _row_problems(rows: pa.Table, identity: Identity) -> Iterator[str]:
+    for name in rows.column_names:
+        if rows[name].null_count:
+            yield f"{name} is null in {rows[name].null_count} rows"
+            return
+    if "embedding" in rows.column_names:
         values = rows["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         if not np.isfinite(values).all():
             yield "embeddings that are not finite"
+    if "class_id" in rows.column_names:
+        yield from _prediction_problems(rows, identity)
 
 
-def _schema_problems(rows: pa.Schema, errors: pa.Schema) -> Iterator[str]:
-    embedding = rows.field("embedding").type if "embedding" in rows.names else None
-    if embedding is not None and not pa.types.is_fixed_size_list(embedding):
-        yield f"embedding is {embedding}, not a list of fixed size"
+def _prediction_problems(rows: pa.Table, identity: Identity) -> Iterator[str]:
+    ids = rows["class_id"].to_numpy()
+    num_classes = identity["num_classes"]
+    if len(ids) and not 0 <= ids.min() <= ids.max() < num_classes:
+        yield f"class ids that are none of the {num_classes} classes"
         return
-    dtype: Any = "float16" if embedding is not None and embedding.value_type == pa.float16() else "float32"
-    dim = embedding.list_size if embedding is not None else 0
-    expected = part_schema(Columns("class_id" in rows.names, embedding is not None, dtype, dim))
-    if not rows.equals(expected):
-        yield f"schema {rows.to_string()} is not {expected.to_string()}"
-    if not errors.equals(errors_schema()):
-        yield f"errors schema {errors.to_string()} is not {errors_schema().to_string()}"
-
-
-def _last_config(dataset: Dataset) -> JobConfig:
-    reports = sorted(f.url for f in dataset.store.find(dataset.path("_runs")) if f.url.endswith("/report.json"))
-    if not reports:
-        raise ConfigError("--sample recomputes rows, and no report tells how they were made. Give --config.")
-    return make_config(json.loads(dataset.store.read(reports[-1]))["config"])
-
-
-def _recompute(dataset: Dataset, sample: int, config: JobConfig, result: Verification) -> None:
-    """Recompute random rows and compare class and embedding."""
-    rows = read_table(dataset, "data")
-    if not rows.num_rows:
+    names = pa.array(identity["classes"] or [str(number) for number in range(num_classes)], pa.string())
+    if names.take(pa.array(ids)).to_pylist() != rows["label"].to_pylist():
+        yield "labels that are not the names of their class_id"
+    if pc.min(pc.list_value_length(rows["top_k"])).as_py() == 0:
+        yield "rows with an empty top_k"
         return
-    chosen = sorted(random.sample(range(rows.num_rows), min(sample, rows.num_rows)))
-    stored = rows.take(chosen)
-    shards = {shard.url: shard for shard in discover(config.input, Store(config.input_storage))}
-    wanted: dict[str, set[int]] = {}
-    for url, index in zip(stored["shard"].to_pylist(), stored["index"].to_pylist(), strict=True):
-        wanted.setdefault(url, set()).add(index)
-    gone = wanted.keys() - shards.keys()
-    result.problems.extend(f"{url}: gone from the input, its rows can't be recomputed" for url in sorted(gone))
-    again = predict_rows([(shards[url], indices) for url, indices in wanted.items() if url not in gone], config)
-    known = {(r["shard"], r["index"]): r for r in again.to_pylist()}
-    mean = _mean_embedding(rows)
-    for row in stored.to_pylist():
-        if row["shard"] in gone:
-            continue
-        result.sampled += 1
-        found = known.get((row["shard"], row["index"]))
-        difference = _difference(row, found, mean)
-        if difference:
-            result.problems.append(f"{row['shard']} index {row['index']} ({row['key']}): {difference}")
-        else:
-            result.agreed += 1
-
-
-def _mean_embedding(rows: pa.Table) -> np.ndarray | None:
-    if "embedding" not in rows.column_names:
-        return None
-    column = rows["embedding"].combine_chunks()
-    values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
-    return np.asarray(values.astype(np.float64).mean(axis=0))
-
-
-def _difference(stored: dict[str, Any], found: dict[str, Any] | None, mean: np.ndarray | None) -> str | None:
-    """Why two results of one sample are not the same; None if they are."""
-    if found is None or found["error"] is not None:
-        return f"it is an error row now: {found['message'] if found else 'not found in its shard'}"
-    if found["key"] != stored["key"]:
-        return f"its key is {found['key']} now"
-    if "class_id" in stored and found["class_id"] != stored["class_id"]:
-        margin = stored["top_k"][0]["score"] - stored["top_k"][1]["score"] if len(stored["top_k"]) > 1 else 1.0
-        if margin > 1e-3:  # closer than that, another processor may well decide otherwise
-            return f"class {found['label']} now, {stored['label']} stored"
-    if mean is not None:
-        a, b = np.asarray(stored["embedding"], np.float64) - mean, np.asarray(found["embedding"], np.float64) - mean
-        norm = np.linalg.norm(a) * np.linalg.norm(b)
-        cosine = float(a @ b / norm) if norm else float(np.allclose(a, b))
-        if cosine < SAMPLE_MIN_COSINE:
-            return f"the centred cosine of its embeddings is {cosine:.4f}"
-    return None
+    first = pc.list_element(rows["top_k"], 0)
+    if any(not pc.struct_field(first, name).equals(rows[name]) for name in ("class_id", "label", "score")):
+        yield "rows whose class_id, label and score are not the first of their top_k"

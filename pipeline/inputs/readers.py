@@ -7,6 +7,7 @@ index. What is wrong with the store, or a source that is no longer the planned o
 from __future__ import annotations
 
 import gzip
+import io
 import re
 import tarfile
 import zlib
@@ -14,7 +15,8 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from itertools import chain
+from typing import BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,14 +26,16 @@ from pipeline.errors import NotFound, Reject, SourceChanged, clean
 from pipeline.inputs.shards import IMAGE_SUFFIXES, Shard, relative
 from pipeline.storage import FileInfo, Store, is_local
 
-MAX_IMAGE_BYTES = 512 * 2**20  # a larger member or file is no photograph
+MAX_IMAGE_BYTES = 512 * 2**20  # a larger member, value or file is no photograph
+MAX_HEADER_BYTES = 4 * 2**20  # of one member, with its long name and extended attributes
 TAR_BUFFER = 2**20
-PARQUET_BUFFER = 2**20  # read per column and step, so that memory does not depend on the size of a row group
-PARQUET_BATCH_ROWS = 32
+TAR_PADDING = 16 * 2**20  # how far behind the end of a compressed tar its checksum is looked for
+PARQUET_BUFFER = 4 * 2**20  # read per column and step; a request each on an object store
+PARQUET_BATCH_ROWS = 8  # of full-size images at once; larger batches are no faster
 FILES_AHEAD = 16
-TAR_DAMAGE = (Reject, EOFError, tarfile.TarError, gzip.BadGzipFile, zlib.error)
+GZIP_MAGIC = b"\x1f\x8b"
 # WebDataset: the key is the path up to the first dot of the file name, the rest is the extension.
-WEBDATASET_NAME = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")
+WEBDATASET_NAME = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,35 +48,151 @@ class Sample:
     reject: Reject | None = None
 
 
+Content = bytes | Reject
+Items = Iterator[tuple[str | None, Content]]  # key and content of each sample
+
+
 def read(shard: Shard, config: Input, store: Store) -> Iterator[Sample]:
-    """The samples of a shard with indices 0..n-1.
+    """The samples of a shard with indices 0..n-1; what is damaged behind them is one more, without a key.
 
     Raises StoreUnavailable or AccessDenied when the store does not deliver, SourceChanged when the shard is gone or
     no longer the planned version.
     """
     items = {"webdataset": _read_tar, "parquet": _read_parquet, "files": _read_files}[shard.kind]
-    index = -1
     try:
         for index, (key, content) in enumerate(items(shard, config, store)):
-            name = None if key is None else key.encode("utf-8", "backslashreplace").decode()
+            name = None if key is None else printable(key)
             if isinstance(content, Reject):
                 yield Sample(index, name, reject=content)
             else:
                 yield Sample(index, name, content)
-    except Reject as reject:  # the shard itself ends here; what came before is kept
-        yield Sample(index + 1, None, reject=reject)
     except NotFound as gone:
         raise SourceChanged(f"{shard.url} has gone since it was listed: {gone}") from gone
 
 
-Items = Iterator[tuple[str | None, bytes | Reject]]
+def printable(text: str) -> str:
+    """Names that are not UTF-8 carry surrogates, which no Arrow string can hold: as `\\udcff` they can stay."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _broken(error: str, message: str) -> Reject:
-    return Reject("read", error, message)
+    return Reject("read", error, printable(message))
+
+
+def _within_limit(data: bytes) -> Content:
+    return data if len(data) <= MAX_IMAGE_BYTES else _too_large(len(data))
+
+
+def _too_large(size: int) -> Reject:
+    return _broken("member_too_large", f"{size} bytes, more than {MAX_IMAGE_BYTES}")
 
 
 # --- WebDataset tars -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """An image in a tar: its sample's key, its own name, and its content. Without both names: damage."""
+
+    key: str | None
+    name: str | None
+    content: Content
+
+
+def _read_tar(shard: Shard, config: Input, store: Store) -> Items:
+    with store.open(shard.url, shard.version) as raw:
+        yield from _keyed(_tar_images(raw))
+
+
+def _keyed(images: Iterator[_Member]) -> Items:
+    """The key of a lone image is its sample's key; images that share a sample go by their own names.
+
+    Holds one image back, since the next one may belong to the same sample.
+    """
+    held: _Member | None = None
+    shared = False  # the image that is held belongs with the one before it
+    for image in chain(images, (None,)):
+        together = held is not None and image is not None and image.key == held.key
+        if held is not None:
+            yield (held.name if shared or together else held.key), held.content
+        held, shared = image, together
+
+
+def _tar_images(raw: BinaryIO) -> Iterator[_Member]:
+    """Every image of a tar, and at the end what is damaged, if anything is. Streams: memory does not grow."""
+    try:
+        buffered = io.BufferedReader(cast(io.RawIOBase, raw), TAR_BUFFER)
+        is_gzip = buffered.peek(len(GZIP_MAGIC)).startswith(GZIP_MAGIC)
+        stream = _TarStream(cast(BinaryIO, gzip.GzipFile(fileobj=buffered)) if is_gzip else buffered)
+        # Not tarfile's own stream mode, which copies its buffer for every member.
+        tar = tarfile.TarFile(fileobj=cast(BinaryIO, stream), tarinfo=_StrictTarInfo, errors="surrogateescape")
+        while (member := _next_member(tar, stream)) is not None:
+            name = WEBDATASET_NAME.match(member.name)
+            if name is not None and not member.isdir() and member.name.lower().endswith(IMAGE_SUFFIXES):
+                yield _Member(name[1], member.name, _tar_content(member, stream))
+        if is_gzip:
+            stream.finish()
+    except Reject as damage:
+        yield _Member(None, None, damage)
+    except (EOFError, tarfile.ReadError) as cause:
+        yield _Member(None, None, _broken("truncated_shard", f"the tar is cut off: {clean(cause)}"))
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error) as cause:
+        yield _Member(None, None, _broken("corrupt_shard", f"the tar is damaged: {clean(cause)}"))
+
+
+def _next_member(tar: tarfile.TarFile, stream: _TarStream) -> tarfile.TarInfo | None:
+    stream.allowance = MAX_HEADER_BYTES
+    member = tar.next()
+    tar.members.clear()  # type: ignore[attr-defined]  # a list that grows otherwise
+    return member
+
+
+def _tar_content(member: tarfile.TarInfo, stream: _TarStream) -> Content:
+    if not member.isreg() or member.issparse():
+        return _broken("not_a_regular_member", "a link, device, pipe or sparse file; links are never followed")
+    if member.size > MAX_IMAGE_BYTES:
+        return _too_large(member.size)
+    stream.allowance = member.size
+    data = stream.read(member.size)
+    if len(data) < member.size:
+        raise _broken("truncated_shard", f"the tar is cut off {member.size - len(data)} bytes before the end of a file")
+    return data
+
+
+class _TarStream:
+    """What tarfile needs of a file: forward only, as a compressed one is, and with an allowance for what it reads.
+
+    tarfile holds headers in memory, whatever size they claim, and a compressed tar can make them huge for little.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._position = 0
+        self.allowance = MAX_HEADER_BYTES  # bytes
+
+    def read(self, size: int) -> bytes:
+        self.allowance -= size
+        if self.allowance < 0 or size < 0:
+            raise _broken("corrupt_shard", f"a tar header of more than {MAX_HEADER_BYTES} bytes")
+        data = self._stream.read(size)
+        self._position += len(data)
+        return data
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, position: int) -> int:
+        if position < self._position:
+            raise _broken("corrupt_shard", "a tar member has a negative size")
+        if position > self._position:
+            self._position = self._stream.seek(position)
+        return self._position
+
+    def finish(self) -> None:
+        """Read what pads the tar, behind which gzip compares its checksum."""
+        for _ in range(TAR_PADDING // TAR_BUFFER):
+            if not self._stream.read(TAR_BUFFER):
+                return
 
 
 class _StrictTarInfo(tarfile.TarInfo):
@@ -81,73 +201,17 @@ class _StrictTarInfo(tarfile.TarInfo):
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> _StrictTarInfo:
         try:
-            return super().fromtarfile(tar)
+            member = super().fromtarfile(tar)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError) as cause:  # type: ignore[attr-defined]
             raise _broken("truncated_shard", "the tar ends without its end marker") from cause
-        except tarfile.HeaderError as cause:
+        # tarfile would take zlib's errors for the end, too; the last four come out of its parsers of long headers.
+        except (tarfile.HeaderError, zlib.error, ValueError, LookupError, ArithmeticError, RecursionError) as cause:
             raise _broken("corrupt_shard", f"a tar header is damaged: {clean(cause)}") from cause
-
-
-def _read_tar(shard: Shard, config: Input, store: Store) -> Items:
-    with store.open(shard.url, shard.version) as raw:
-        stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw) if shard.url.endswith("gz") else raw)
-        try:
-            yield from _keyed(_tar_images(stream))
-        except (EOFError, tarfile.ReadError) as cause:
-            raise _broken("truncated_shard", f"the tar is cut off: {clean(cause)}") from cause
-        except (tarfile.TarError, gzip.BadGzipFile, zlib.error) as cause:
-            raise _broken("corrupt_shard", f"the tar is damaged: {clean(cause)}") from cause
-
-
-def _tar_images(stream: BinaryIO) -> Iterator[tuple[str, str, bytes | Reject]]:
-    """(key, member name, bytes) of every image. Streams: no seek, and no list of members that grows."""
-    with tarfile.open(
-        fileobj=stream, mode="r|", bufsize=TAR_BUFFER, tarinfo=_StrictTarInfo, errors="surrogateescape"
-    ) as tar:
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]
-            name = WEBDATASET_NAME.match(member.name)
-            if name is None or member.isdir() or not member.name.lower().endswith(IMAGE_SUFFIXES):
-                continue
-            yield name[1], member.name, _tar_member(tar, member)
-
-
-def _tar_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Reject:
-    if not member.isreg():
-        return _broken("not_a_regular_member", "a link, device or pipe; links are never followed")
-    if member.size > MAX_IMAGE_BYTES:
-        return _broken("member_too_large", f"{member.size} bytes, more than {MAX_IMAGE_BYTES}")
-    file = tar.extractfile(member)
-    assert file is not None, "a regular member has content"
-    return file.read()
-
-
-def _keyed(images: Iterator[tuple[str, str, bytes | Reject]]) -> Items:
-    """The key of a lone image is its sample's key; images that share a sample go by their member names.
-
-    Looks one sample ahead: only the next key tells whether a sample has one image. What was held back is given out
-    even if the tar turns out to be damaged behind it.
-    """
-    held: list[tuple[str, str, bytes | Reject]] = []
-    damage: Exception | None = None
-    try:
-        for image in images:
-            if held and held[0][0] != image[0]:
-                yield from _named(held)
-                held = []
-            held.append(image)
-    except TAR_DAMAGE as found:
-        damage = found
-    yield from _named(held)
-    if damage is not None:
-        raise damage
-
-
-def _named(images: list[tuple[str, str, bytes | Reject]]) -> Items:
-    for key, member, content in images:
-        yield (key if len(images) == 1 else member), content
+        if member.size < 0:
+            raise _broken("corrupt_shard", "a tar member has a negative size")
+        return member
 
 
 # --- Parquet -------------------------------------------------------------------------------------------------------
@@ -156,49 +220,90 @@ def _named(images: list[tuple[str, str, bytes | Reject]]) -> Items:
 def _read_parquet(shard: Shard, config: Input, store: Store) -> Items:
     with store.open(shard.url, shard.version, read_ahead=False) as raw:
         try:
-            file = pq.ParquetFile(raw, buffer_size=PARQUET_BUFFER, pre_buffer=False)
-            columns, image = _parquet_columns(file.schema_arrow, config)
-            row = 0
-            for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=columns, use_threads=False):
-                yield from _parquet_rows(batch, image, config.key, row)
-                row += batch.num_rows
-        except (pa.ArrowException, OSError) as cause:
-            raise _broken("corrupt_shard", f"the Parquet file is damaged: {clean(cause)}") from cause
+            # With a buffer, a column chunk is read page by page; memory then depends on the pages alone.
+            file = pq.ParquetFile(raw, buffer_size=PARQUET_BUFFER, pre_buffer=False, page_checksum_verification=True)
+            yield from _parquet_images(file, config)
+        except Reject as damage:
+            yield None, damage
+        except (pa.ArrowException, OSError, ValueError) as cause:
+            yield None, _broken("corrupt_shard", f"the Parquet file is damaged: {clean(cause)}")
 
 
-def _parquet_columns(schema: pa.Schema, config: Input) -> tuple[list[str], str]:
-    """The columns to read and the one that holds images."""
-    candidates = [f.name for f in schema if _holds_bytes(f.type)]
+def _parquet_images(file: pq.ParquetFile, config: Input) -> Items:
+    image, columns = _parquet_columns(file.schema_arrow, config)
+    row = 0
+    for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=columns, use_threads=False):
+        yield from _parquet_rows(batch, image, config.key, row)
+        row += batch.num_rows
+    if row != file.metadata.num_rows:
+        raise _broken("corrupt_shard", f"the Parquet file has {row} rows and claims {file.metadata.num_rows}")
+
+
+def _parquet_columns(schema: pa.Schema, config: Input) -> tuple[str, list[str]]:
+    """The image column, and the columns to read. Raises Reject where the file has no such columns."""
+    found = [f.name for f in schema if _holds_bytes(f.type)]
+    # Hashes and the like have a fixed size, so such a column is meant only where there is no other.
+    candidates = [n for n in found if not pa.types.is_fixed_size_binary(schema.field(schema.names.index(n)).type)]
+    candidates = candidates or found
     image = config.image or (candidates[0] if len(candidates) == 1 else None)
-    if image is None or image not in candidates:
-        raise _broken(
-            "missing_column",
-            f"image column {image!r} is not there or holds no bytes" if image else "not one image column, but "
-            f"{len(candidates)}: set input.image to one of {', '.join(schema.names)}",
-        )  # fmt: skip
-    columns = [image]
-    if pa.types.is_struct(schema.field(image).type):
-        columns = [f"{image}.{f.name}" for f in schema.field(image).type if f.name in ("bytes", "path")]
-    if config.key is not None:
-        if config.key not in schema.names:
-            raise _broken("missing_column", f"key column {config.key!r} is not among {', '.join(schema.names)}")
-        columns.append(config.key)
-    return columns, image
+    columns = ", ".join(f"{f.name} ({f.type})" for f in schema)
+    if image is None:
+        number = "several columns hold" if candidates else "no column holds"
+        raise _broken("missing_column", f"{number} bytes; set input.image to one of {columns}")
+    if image not in found or schema.names.count(image) > 1:
+        raise _broken("missing_column", f"input.image={image} is not one column of bytes among {columns}")
+    if config.key is not None and (schema.names.count(config.key) != 1 or not _is_text(schema.field(config.key).type)):
+        raise _broken("missing_column", f"input.key={config.key} is not one column of texts or numbers among {columns}")
+    kind = schema.field(image).type
+    parts = [f"{image}.{f.name}" for f in kind if f.name in ("bytes", "path")] if pa.types.is_struct(kind) else [image]
+    return image, parts + ([config.key] if config.key is not None else [])
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
-        return any(f.name == "bytes" and _holds_bytes(f.type) for f in kind)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
+        return any(f.name == "bytes" and not pa.types.is_struct(f.type) and _holds_bytes(f.type) for f in kind)
+    checks = (
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+        pa.types.is_binary_view,
+        pa.types.is_fixed_size_binary,
+    )
+    return any(check(_plain(kind)) for check in checks)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Whether values of a type can be keys."""
+    return not pa.types.is_nested(_plain(kind))
 
 
 def _parquet_rows(batch: pa.RecordBatch, image: str, key: str | None, first_row: int) -> Items:
-    images = batch.column(image).to_pylist()
-    keys: list[Any] = batch.column(key).to_pylist() if key is not None else [None] * batch.num_rows
-    for offset, value in enumerate(images):
-        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-        name = next((str(k) for k in (keys[offset], path) if k is not None), str(first_row + offset))
-        yield name, _broken("null_image", "the image is null") if data is None else data
+    images = batch.column(image)
+    unknown: list[str | None] = [None] * batch.num_rows
+    keys = _texts(batch.column(key)) if key is not None else unknown
+    paths = unknown
+    if pa.types.is_struct(images.type):
+        parts = dict(zip([f.name for f in images.type], images.flatten(), strict=True))
+        images, paths = parts["bytes"], _texts(parts["path"]) if "path" in parts else unknown
+    for offset, data in enumerate(images.to_pylist()):
+        name = next((k for k in (keys[offset], paths[offset]) if k is not None), str(first_row + offset))
+        yield name, _within_limit(data) if data is not None else _null()
+
+
+def _null() -> Reject:
+    return _broken("null_image", "there are no bytes in this row; a path without bytes is not opened")
+
+
+def _texts(values: pa.Array) -> list[str | None]:
+    """Values as keys. Files may hold texts that are not UTF-8, which would break off the whole batch."""
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if not _holds_bytes(values.type):
+        values = values.cast(pa.string())
+    return [None if v is None else v.decode("utf-8", "backslashreplace") for v in values.cast(pa.binary()).to_pylist()]
 
 
 # --- Loose files ---------------------------------------------------------------------------------------------------
@@ -209,12 +314,12 @@ def _read_files(shard: Shard, config: Input, store: Store) -> Items:
         yield relative(shard.root, member.url), content
 
 
-def _in_order(members: tuple[FileInfo, ...], store: Store) -> Iterator[tuple[FileInfo, bytes | Reject]]:
+def _in_order(members: tuple[FileInfo, ...], store: Store) -> Iterator[tuple[FileInfo, Content]]:
     """Contents in the members' order; from a remote store several are fetched ahead, since each waits for answers."""
     if not members or is_local(members[0].url):
         yield from ((member, _read_file(member, store)) for member in members)
         return
-    pending: deque[tuple[FileInfo, Future[bytes | Reject]]] = deque()
+    pending: deque[tuple[FileInfo, Future[Content]]] = deque()
     with ThreadPoolExecutor(FILES_AHEAD) as pool:
         for member in members:
             pending.append((member, pool.submit(_read_file, member, store)))
@@ -225,8 +330,8 @@ def _in_order(members: tuple[FileInfo, ...], store: Store) -> Iterator[tuple[Fil
             yield first, future.result()
 
 
-def _read_file(member: FileInfo, store: Store) -> bytes | Reject:
+def _read_file(member: FileInfo, store: Store) -> Content:
     if member.size > MAX_IMAGE_BYTES:
-        return _broken("member_too_large", f"{member.size} bytes, more than {MAX_IMAGE_BYTES}")
+        return _too_large(member.size)
     with store.open(member.url, member.version, read_ahead=False) as file:
         return file.read()

@@ -8,14 +8,19 @@ changes the one group it falls into, whatever else there is.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.config import Input, digest
-from pipeline.errors import ConfigError, NotFound, SourceChanged
-from pipeline.storage import FileInfo, Store, canonical, split_pattern
+from pipeline.errors import ConfigError, NotFound, SourceChanged, redact
+from pipeline.storage import FileInfo, Store, canonical, join, split_pattern
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["webdataset", "parquet", "files"]
 
@@ -23,7 +28,8 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 PARQUET_SUFFIXES = (".parquet", ".pq")
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif"),
-    *(".heic", ".heif", ".ppm", ".pgm", ".pbm"),
+    # Not read, but images all the same: they become error rows instead of being passed over in silence.
+    *(".heic", ".heif", ".jxl", ".jp2", ".ppm", ".pgm", ".pbm"),
 )
 SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "webdataset": TAR_SUFFIXES,
@@ -31,6 +37,7 @@ SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "files": IMAGE_SUFFIXES,
 }
 URL_LIST_SUFFIX = ".txt"
+LISTINGS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +61,16 @@ def shard_id(url: str) -> str:
 
 
 def discover(config: Input, store: Store) -> list[Shard]:
-    """All shards that the input's URLs list now, each once, sorted by id.
+    """All shards that the input's URLs list now, each once, sorted by id: the order of URLs and listings is nothing.
 
-    Raises ConfigError for an empty listing (unless allowed), for a URL that matches nothing it could read, and
-    for two shards whose ids collide.
+    Raises ConfigError for a URL under which there is nothing to read (unless `allow_empty`), for a file that is
+    named and cannot be told how to read, and for two shards whose ids collide.
     """
-    shards = {shard.url: shard for shard in _discover(config, store)}
-    if not shards and not config.allow_empty:
-        raise ConfigError(
-            f"input.url: there is nothing to read under {', '.join(config.urls)}. Check the spelling, the bucket and"
-            " input.format, or set input.allow_empty=true if an empty night is fine."
-        )
     by_id: dict[str, Shard] = {}
-    for shard in shards.values():
-        if shard.id in by_id:
-            raise ConfigError(f"{shard.url} and {by_id[shard.id].url} have the same shard id {shard.id}. Rename one.")
-        by_id[shard.id] = shard
+    for shard in _discover(config, store):
+        other = by_id.setdefault(shard.id, shard)
+        if other is not shard:
+            raise ConfigError(f"input.url: {shard.url} and {other.url} have the same id {shard.id}. Rename one.")
     return [by_id[name] for name in sorted(by_id)]
 
 
@@ -84,74 +85,124 @@ def current_fingerprint(shard: Shard, store: Store) -> str:
 
 
 def _discover(config: Input, store: Store) -> Iterator[Shard]:
-    loose: dict[str, dict[str, FileInfo]] = {}
-    seen: set[str] = set()
-    for url in _expand_lists(config.urls, store):
-        is_pattern = split_pattern(url)[1]
-        for file in _listing(url, store):
-            is_exact = file.url == canonical(url)
-            kind = _kind(file.url, config.format, is_exact, chosen=is_exact or is_pattern)
-            if kind is None or file.url in seen:
-                continue
-            seen.add(file.url)
+    packed: dict[str, Shard] = {}
+    loose: dict[str, tuple[str, FileInfo]] = {}
+    empty: list[str] = []
+    for listing in _listings(config, store):
+        found = [(kind, file) for file in listing.files if (kind := _kind(listing, file, config.format))]
+        if len(found) < len(listing.files):
+            log.info("%d files of %d are input: %s", len(found), len(listing.files), redact(listing.url))
+        if not found:
+            empty.append(f"{redact(listing.url)} ({len(listing.files) or 'no'} files)")
+        for kind, file in found:
             if kind == "files":
-                loose.setdefault(_root(url), {})[file.url] = file
+                # Where roots lie in each other, the outermost names the file: an inner one changes nothing then.
+                root = min(listing.root, loose.get(file.url, (listing.root,))[0], key=len)
+                loose[file.url] = root, file
             else:
-                yield Shard(file.url, shard_id(file.url), kind, file.fingerprint, file.size, file.version)
-    for root, files in loose.items():
-        yield from group_files(root, files.values(), config.group_size)
+                packed[file.url] = Shard(file.url, shard_id(file.url), kind, file.fingerprint, file.size, file.version)
+    if not config.allow_empty and (empty or not (packed or loose)):
+        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        raise ConfigError(
+            f"input.url: there is nothing to read under {', '.join(empty[:5] or config.urls)}{more}. Check the"
+            " spelling, the bucket and input.format, or set input.allow_empty=true if that is fine."
+        )
+    yield from packed.values()
+    roots: dict[str, list[FileInfo]] = {}
+    for root, file in loose.values():
+        roots.setdefault(root, []).append(file)
+    for root, files in roots.items():
+        yield from group_files(root, files, config.group_size)
+
+
+# --- Listings ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """What one URL stands for: a file, the files that a pattern matches, or all below a folder."""
+
+    url: str
+    how: Literal["file", "pattern", "folder"]
+    root: str  # loose files are named relative to it; it has no slash at its end
+    files: list[FileInfo]
+
+
+def _listings(config: Input, store: Store) -> list[_Listing]:
+    urls = list(dict.fromkeys(_expand_lists(config.urls, store)))
+    with ThreadPoolExecutor(LISTINGS_AT_ONCE) as pool:
+        return list(pool.map(lambda url: _listing(url, store), urls))
 
 
 def _expand_lists(urls: Iterable[str], store: Store) -> Iterator[str]:
-    """The URLs, with a text file replaced by the URLs in its lines; blank lines and `# comments` are skipped."""
+    """The URLs, with a text file replaced by its lines; a line that is no URL and no absolute path is meant relative
+    to the text file's own folder."""
     for url in urls:
         if not url.endswith(URL_LIST_SUFFIX) or split_pattern(url)[1]:
             yield url
             continue
-        for line in store.read(url).decode().splitlines():
-            if line.strip() and not line.lstrip().startswith("#"):
-                yield line.strip()
+        folder = canonical(url).rpartition("/")[0]
+        for line in _lines(url, store):
+            if line.endswith(URL_LIST_SUFFIX):
+                raise ConfigError(f"input.url: {url} names another list, {line}. Name it in input.url itself.")
+            yield line if "://" in line or line.startswith(("/", "~")) else join(folder, line)
 
 
-def _listing(url: str, store: Store) -> list[FileInfo]:
-    """The files that one URL stands for: a pattern, one file, or everything below a folder."""
+def _lines(url: str, store: Store) -> list[str]:
+    """The lines that are not blank and do not begin with `#`, without the blanks around them."""
+    try:
+        text = store.read(url).decode("utf-8-sig", "surrogateescape")
+    except NotFound as missing:
+        raise ConfigError(f"input.url: the list {url} is not there. {missing}") from missing
+    lines = [line.strip() for line in text.split("\n")]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _listing(url: str, store: Store) -> _Listing:
     if split_pattern(url)[1]:
-        return store.glob(url)
+        return _Listing(url, "pattern", _folder(split_pattern(canonical(url))[0]), store.glob(url))
     if not url.endswith("/"):
-        try:
-            return [store.info(url)]
-        except NotFound:
-            pass
-    return store.find(url)
+        with suppress(NotFound):
+            file = store.info(url)
+            return _Listing(url, "file", file.url.rpartition("/")[0], [file])
+    return _Listing(url, "folder", _folder(canonical(url)), store.find(url))
 
 
-def _root(url: str) -> str:
-    """The folder that loose files of this URL are named relative to."""
-    base, is_pattern = split_pattern(canonical(url))
-    if not is_pattern and base.lower().endswith(IMAGE_SUFFIXES):
-        return base.rpartition("/")[0]
-    return base.rstrip("/")
+def _folder(url: str) -> str:
+    """Without slashes at its end, except those of `file://` itself."""
+    protocol, _, path = url.partition("://")
+    return f"{protocol}://{path.rstrip('/')}"
 
 
-def _kind(url: str, wanted: Kind | Literal["auto"], is_exact: bool, chosen: bool) -> Kind | None:
+def _kind(listing: _Listing, file: FileInfo, wanted: Kind | Literal["auto"]) -> Kind | None:
     """How to read a file; None if it is not input.
 
-    A file that the URL names exactly must be readable; one that was at least `chosen` by a pattern is read in the
-    format that the config demands, whatever its suffix; below a folder only known suffixes count.
+    What a URL names or matches is read in the format that the config demands, whatever its suffix; below a folder
+    only known suffixes count. Raises ConfigError for a named file where neither tells.
     """
-    name = url.rpartition("/")[2].lower()
-    if name.startswith(("_", ".")) and not is_exact:
-        return None  # such as _SUCCESS, or what another writer has not finished
+    path = relative(listing.root, file.url)
+    name = path.rpartition("/")[2].lower()
+    if not name or _is_hidden(path, asked=relative(listing.root, canonical(listing.url))):
+        return None
     for kind, suffixes in SUFFIXES.items():
         if wanted in ("auto", kind) and name.endswith(suffixes):
             return kind
-    if chosen and wanted != "auto":
+    if wanted != "auto" and listing.how != "folder":
         return wanted
-    if is_exact:
+    if listing.how == "file":
         raise ConfigError(
-            f"input.url: cannot tell how to read {url}. Set input.format to webdataset, parquet or files."
+            f"input.url: cannot tell how to read {redact(file.url)}. Set input.format to webdataset, parquet or files."
         )
     return None
+
+
+def _is_hidden(path: str, asked: str) -> bool:
+    """Whether a file or a folder on its path begins with `_` or `.`, such as `_SUCCESS`, `_temporary/…` or
+    `.a.tar.part`, though the URL does not spell such a name itself."""
+    return any(f"/{mark}" in f"/{path}" and f"/{mark}" not in f"/{asked}" for mark in "_.")
+
+
+# --- Loose files ---------------------------------------------------------------------------------------------------
 
 
 def group_files(root: str, files: Iterable[FileInfo], group_size: int) -> Iterator[Shard]:
@@ -170,7 +221,8 @@ def group_files(root: str, files: Iterable[FileInfo], group_size: int) -> Iterat
 
 
 def relative(root: str, url: str) -> str:
-    return url.removeprefix(root).lstrip("/")
+    """The path below a root. A key of an object store may begin with a slash of its own, which stays."""
+    return url.removeprefix(root).removeprefix("/")
 
 
 def _begins_group(path: str, group_size: int) -> bool:

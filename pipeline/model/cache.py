@@ -125,7 +125,6 @@ def _download(url: str, storage: Storage, path: Path) -> str:
         if isinstance(error, AccessDenied):
             raise error from cause
         raise WeightsError(
-            f"cannot fetch the weights: {clean(error).replace(url, redact(url))}. Or download them and give the file's"
-            " path as model.weights."
+            f"cannot fetch the weights: {clean(error)}. Or download them and give the file's path as model.weights."
         ) from cause
     return hasher.hexdigest()

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from pipeline.config import Precision
 from pipeline.errors import ConfigError
 from pipeline.model.spec import ModelInfo, ModelSpec
+from pipeline.model.zoo import share_cores
 
 Pixels = npt.NDArray[np.uint8]  # (B, H, W, 3)
 Rows = npt.NDArray[np.float32]  # (B, C) logits or (B, D) embeddings
@@ -59,6 +60,7 @@ def load_engine(
         return Noop(info)
     if spec.is_noop:
         raise ConfigError("this model was specified for the engine noop, which needs no weights. Make a new spec.")
+    share_cores()
     if name == "openvino":
         from pipeline.model.openvino_engine import load_openvino
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import reduce
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 from typing import Any
 
 import pipeline
@@ -69,10 +70,15 @@ def locate(name: str, directory: Path | None) -> Source:
 def load_callable(source: Source) -> Callable[..., Any]:
     """Import a custom network's module on this node, from the shipped files if there are any."""
     name = f"{source.module}:{source.callable}"
-    if source.files:
-        _install(source)
+    root = _install(source) if source.files else None
     try:
-        found = reduce(getattr, source.callable.split("."), importlib.import_module(source.module))
+        module = importlib.import_module(source.module)
+        if root is not None and not _origin(module).is_relative_to(root):
+            raise ConfigError(
+                f"model.name: {source.module} is also the name of an installed module, {_origin(module)}, which this"
+                " process uses already. Rename yours."
+            )
+        found = reduce(getattr, source.callable.split("."), module)
     except (ImportError, AttributeError, SyntaxError) as error:
         raise ConfigError(
             f"model.name: cannot import {name} on this node: {clean(error)}. Only the .py files of its own package"
@@ -83,7 +89,7 @@ def load_callable(source: Source) -> Callable[..., Any]:
     return found
 
 
-def _install(source: Source) -> None:
+def _install(source: Source) -> Path:
     """Unpack the shipped files once per node and put them first on `sys.path`."""
     key = digest([(path, content.hex()) for path, content in source.files], 32)
     root = cache_directory("source") / key
@@ -95,18 +101,25 @@ def _install(source: Source) -> None:
                     (folder / path).write_bytes(content)
     if sys.path[0] != str(root):
         sys.path.insert(0, str(root))
-        importlib.invalidate_caches()
+    importlib.invalidate_caches()
     _forget_others(source, root)
+    return root
 
 
 def _forget_others(source: Source, root: Path) -> None:
-    """Drop modules that an earlier version of the same files has left in this process (a notebook, a test)."""
+    """Drop modules of the same names that this process (a notebook, a test) has imported from another version."""
     names = {PurePosixPath(path).parts[0].removesuffix(".py") for path, _ in source.files}
     for name, module in list(sys.modules.items()):
-        origin = Path(getattr(module, "__file__", None) or "/")
-        is_older = any(origin.is_relative_to(folder) for folder in (root.parent, source.found_in))
-        if name.partition(".")[0] in names and is_older and not origin.is_relative_to(root):
-            del sys.modules[name]
+        if name.partition(".")[0] in names:
+            origin = _origin(module)
+            if not origin.is_relative_to(root) and not _is_installed(origin):
+                del sys.modules[name]
+
+
+def _origin(module: ModuleType) -> Path:
+    """Where a module's text lies; for a package without `__init__` its folder."""
+    folders = list(getattr(module, "__path__", []))
+    return Path(getattr(module, "__file__", None) or (folders[0] if folders else sys.prefix))
 
 
 def _find(module: str, directory: Path | None) -> Path:

@@ -128,11 +128,14 @@ def _safe_globals() -> list[Any]:
 def _unwrap(checkpoint: Any, name: str) -> StateDict:
     """The mapping of tensors in what a training script saved, such as `{"state_dict": …, "epoch": 3}`."""
     inner = checkpoint
-    while isinstance(inner, Mapping):
-        if tensors := {str(key): value for key, value in inner.items() if isinstance(value, Tensor)}:
+    # A wrapper goes before tensors that lie beside it, such as a loss.
+    while isinstance(inner, Mapping) and (deeper := [inner[k] for k in WRAPPERS if isinstance(inner.get(k), Mapping)]):
+        inner = deeper[0]
+    if isinstance(inner, Mapping):
+        tensors = {str(key): value for key, value in inner.items() if isinstance(value, Tensor)}
+        if tensors:
             return tensors
-        inner = next((inner[key] for key in WRAPPERS if isinstance(inner.get(key), Mapping)), None)
-    has = f"the entries {', '.join(map(str, checkpoint))}" if isinstance(checkpoint, Mapping) else type(checkpoint)
+    has = f"the entries {', '.join(map(str, inner))}" if isinstance(inner, Mapping) else f"a {type(inner).__name__}"
     raise WeightsError(
         f"{name} holds no state_dict, but {has}. Save torch.save(network.state_dict(), path), or put it under the"
         f" key {WRAPPERS[0]}."
@@ -165,9 +168,9 @@ def fill(network: nn.Module, state: StateDict, name: str) -> None:
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     shapes = [
-        f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
-        for key, value in state.items()
-        if key in own and value.shape != own[key].shape
+        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in state and state[key].shape != value.shape
     ]
     if missing or unexpected or shapes:
         raise WeightsError(

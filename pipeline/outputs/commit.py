@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.errors import PipelineError, SourceChanged
+from pipeline.errors import ModelMismatch, PipelineError, SourceChanged
 from pipeline.outputs.dataset import Dataset, Identity
-from pipeline.outputs.ledger import Check, Delete, Look, Put, Receipt, Step, commit_steps, retire_steps
+from pipeline.outputs.ledger import Check, Confirm, Delete, Look, Put, Receipt, Step, commit_steps, run_steps
 from pipeline.outputs.schema import ROWS_PER_GROUP, Footer, errors_schema, part_schema, write_parquet
 from pipeline.rows import Columns, Kind
 
@@ -53,25 +53,26 @@ class Committed:
 
 
 def describe(block: pa.Table, piece: Any) -> list[Receipt]:
-    """What a block of pieces holds, shard by shard."""
+    """What a block of pieces holds, shard by shard. Ray may have merged blocks of several readings into it."""
     shards = block["shard"].to_numpy()
     kinds = block["kind"].to_numpy()
     indices = block["index"].to_numpy()
     receipts = []
     for shard in np.unique(shards):
         mine = shards == shard
-        ends = indices[mine & (kinds == Kind.END)]
+        ends = np.unique(indices[mine & (kinds == Kind.END)])
         abandoned = np.flatnonzero(mine & (kinds == Kind.ABANDONED))
-        receipts.append(
-            Receipt(
-                shard=int(shard),
-                indices=indices[mine & (kinds <= Kind.ERROR)],
-                errors=int(np.count_nonzero(mine & (kinds == Kind.ERROR))),
-                piece=piece,
-                end=int(ends[0]) if len(ends) else None,
-                abandoned=block["message"][int(abandoned[0])].as_py() if len(abandoned) else None,
-            )
+        receipt = Receipt(
+            shard=int(shard),
+            indices=indices[mine & (kinds <= Kind.ERROR)],
+            errors=int(np.count_nonzero(mine & (kinds == Kind.ERROR))),
+            piece=piece,
+            end=int(ends[0]) if len(ends) else None,
+            abandoned=block["message"][int(abandoned[0])].as_py() if len(abandoned) else None,
         )
+        receipts.append(receipt)
+        no_rows = np.empty(0, np.int64)
+        receipts.extend(Receipt(receipt.shard, no_rows, 0, piece, end=int(other)) for other in ends[1:])
     return receipts
 
 
@@ -86,50 +87,25 @@ def commit_shard(
     with tempfile.TemporaryDirectory(prefix="resnet-batch-") as folder:
         merge = Merge(task, context.columns, fetch)
         footer = merge.footer(context)
-        files = {"data": Path(folder, "part"), "errors": Path(folder, "errors")}
-        write_parquet(files["data"], part_schema(context.columns), merge.parts(), footer)
+        part, errors = Path(folder, "part"), Path(folder, "errors")
+        write_parquet(part, part_schema(context.columns), merge.parts(), footer)
         if merge.num_errors:
-            write_parquet(files["errors"], errors_schema(), merge.errors(), footer)
+            write_parquet(errors, errors_schema(), merge.errors(), footer)
+        mark = json.dumps(footer.body(), indent=1).encode()
+        contents: dict[str, bytes | Path] = {"data": part, "errors": errors, "_ledger": mark}
 
         def perform(step: Step) -> Any:
-            return _perform(step, task, context, files, footer, source_fingerprint)
+            return _perform(step, task, context, contents, source_fingerprint)
 
-        for gone in task.retires:
-            run_steps(retire_steps(gone), perform)
-        run_steps(commit_steps(task.shard_id, task.fingerprint, merge.num_errors > 0), perform)
-        size = files["data"].stat().st_size
-    return Committed(task.number, footer.predicted, footer.errors, size)
-
-
-def retire_shard(dataset: Dataset, shard_id: str) -> None:
-    """Take a shard out of the dataset."""
-
-    def perform(step: Step) -> Any:
-        if isinstance(step, Look):
-            return dataset.standing_of(step.shard_id)
-        assert isinstance(step, Delete)
-        return dataset.store.delete(dataset.path(step.folder, step.name))
-
-    run_steps(retire_steps(shard_id), perform)
-
-
-def run_steps(steps: Any, perform: Callable[[Step], Any]) -> Any:
-    """Perform each step and send its answer back; the steps' own return value."""
-    answer = None
-    while True:
-        try:
-            step = steps.send(answer)
-        except StopIteration as end:
-            return end.value
-        answer = perform(step)
+        run_steps(commit_steps(task.shard_id, task.fingerprint, merge.num_errors > 0, task.retires), perform)
+        return Committed(task.number, footer.predicted, footer.errors, part.stat().st_size)
 
 
 def _perform(
     step: Step,
     task: CommitTask,
     context: CommitContext,
-    files: dict[str, Path],
-    footer: Footer,
+    contents: Mapping[str, bytes | Path],
     source_fingerprint: Callable[[], str],
 ) -> Any:
     dataset = context.dataset
@@ -140,13 +116,16 @@ def _perform(
             found = source_fingerprint()
             if found != task.fingerprint:
                 raise SourceChanged(f"{task.shard_url} changed since it was listed. The next run takes it anew.")
-            return dataset.check_identity(context.identity)
+            return dataset.confirm_identity(context.identity)
+        case Confirm():
+            try:
+                return dataset.confirm_identity(context.identity)
+            except ModelMismatch as refusal:
+                return refusal
         case Delete(folder, name):
             return dataset.store.delete(dataset.path(folder, name))
-        case Put("_ledger", name):
-            return dataset.store.put(dataset.path("_ledger", name), json.dumps(footer.body(), indent=1).encode())
         case Put(folder, name):
-            return dataset.store.put(dataset.path(folder, name), files[folder])
+            return dataset.store.put(dataset.path(folder, name), contents[folder])
 
 
 class Merge:
@@ -209,7 +188,8 @@ class Merge:
         count = 0
         for number in np.unique(pieces):
             mine = np.flatnonzero(pieces == number)
-            gathered.append(_select(self._fetch(self._task.pieces[number]).take(self._row[indices[mine]]), schema))
+            piece = _select(self._fetch(self._task.pieces[number]), schema)
+            gathered.append(piece.take(self._row[indices[mine]]))
             place[mine] = np.arange(count, count + len(mine))
             count += len(mine)
         url = pa.repeat(pa.scalar(self._task.shard_url), len(indices))
@@ -219,6 +199,5 @@ class Merge:
 
 def _select(rows: pa.Table, schema: pa.Schema) -> pa.Table:
     """The output's columns of these rows; the shard's URL, the same for all, is put in afterwards."""
-    names: Sequence[str] = [field.name for field in schema]
     strings = rows.set_column(rows.schema.get_field_index("shard"), "shard", pa.nulls(rows.num_rows, pa.string()))
-    return strings.select(names).cast(schema)
+    return strings.select(schema.names).cast(schema)

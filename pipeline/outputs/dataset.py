@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import FatalError, ModelMismatch, NotFound
-from pipeline.outputs.ledger import Mark, Standing, by_shard
-from pipeline.outputs.schema import FORMAT_VERSION, errors_schema
-from pipeline.storage import Store, join
+from pipeline.errors import FatalError, ModelMismatch, NotFound, SourceChanged
+from pipeline.outputs.ledger import (
+    Claim,
+    Disown,
+    Identify,
+    Mark,
+    Owner,
+    Standing,
+    by_shard,
+    claim_steps,
+    run_steps,
+)
+from pipeline.outputs.schema import FORMAT_VERSION, Footer, errors_schema
+from pipeline.storage import Store, canonical, join
 
 PARQUET = ".parquet"
 IDENTITY = "_dataset.json"
+CARD = "README.md"
+READ_ATTEMPTS = 5
+UNKNOWN = "unknown"  # the owner of files that are not ours
 
 Identity = dict[str, Any]
 
@@ -35,16 +49,16 @@ class Dataset:
     def standing(self) -> dict[str, Standing]:
         """What stands, by shard id: three listings and nothing opened."""
         with ThreadPoolExecutor(3) as pool:
-            ledger, data, errors = pool.map(self._names_and_versions, ("_ledger", "data", "errors"))
-        marks = (Mark.parse(name) for name in ledger)
-        return by_shard((m for m in marks if m is not None), _parts(data), _parts(errors))
+            ledger, data, errors = pool.map(self.names_and_versions, ("_ledger", "data", "errors"))
+        return by_shard(_marks(ledger), _parts(data), _parts(errors))
 
     def standing_of(self, shard_id: str) -> Standing:
         """What stands for one shard."""
-        marks = (Mark.parse(_name(f.url)) for f in self.store.starting_with(self.path("_ledger", f"{shard_id}.")))
+        files = self.store.starting_with(self.path("_ledger", f"{shard_id}."))
+        marks = [mark for mark in _marks(_name(file.url) for file in files) if mark.shard_id == shard_id]
         part = self._version(self.path("data", shard_id + PARQUET))
         errors = self._version(self.path("errors", shard_id + PARQUET))
-        return Standing(tuple(m for m in marks if m is not None and m.shard_id == shard_id), part, errors)
+        return Standing(tuple(marks), part, errors)
 
     def read_mark(self, mark: Mark) -> dict[str, Any]:
         """The body of a mark: shard URL, counts, and what it vouches for."""
@@ -52,8 +66,37 @@ class Dataset:
         return body
 
     def read_marks(self, marks: list[Mark]) -> list[dict[str, Any]]:
+        """The bodies of these marks, 16 at a time, without those that a rival has deleted since they were listed."""
+
+        def read(mark: Mark) -> dict[str, Any] | None:
+            with suppress(NotFound):
+                return self.read_mark(mark)
+            return None
+
         with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(self.read_mark, marks))
+            return [body for body in pool.map(read, marks) if body is not None]
+
+    def read_footer(self, folder: str, shard_id: str) -> Footer:
+        """What a part or an errors part says about itself."""
+        with self.store.open(self.path(folder, shard_id + PARQUET), read_ahead=False) as file:
+            return Footer.of(pq.read_schema(file))
+
+    def shard_url(self, shard_id: str, standing: Standing) -> str | None:
+        """The URL of a shard that stands, from a mark of it, or where a commit died after deleting that, from a footer.
+        None for files that are not ours, or gone since they were listed."""
+        for mark in standing.marks:
+            with suppress(NotFound, ValueError, KeyError):
+                return str(self.read_mark(mark)["shard"])
+        for folder in ("data", "errors"):
+            with suppress(NotFound, ValueError, KeyError):  # ArrowInvalid is a ValueError
+                return self.read_footer(folder, shard_id).shard
+        return None
+
+    def shard_urls(self, standing: Mapping[str, Standing]) -> dict[str, str]:
+        """`shard_url` of many, by id, 16 at a time."""
+        with ThreadPoolExecutor(16) as pool:
+            urls = pool.map(self.shard_url, standing.keys(), standing.values())
+            return {name: url for name, url in zip(standing, urls, strict=True) if url is not None}
 
     def identity(self) -> Identity | None:
         """What `_dataset.json` says; None for a dataset that does not exist yet."""
@@ -63,42 +106,76 @@ class Dataset:
             return None
         try:
             found: Identity = json.loads(text)
-            version = found["format_version"]
+            version, _, _ = found["format_version"], found["model_fingerprint"], found["model"]
         except (ValueError, KeyError, TypeError) as cause:
             raise FatalError(f"{self.path(IDENTITY)} is not the description of a dataset of ours: {cause}") from cause
         if version != FORMAT_VERSION:
             raise FatalError(f"{self.url} has format version {version}; this program writes {FORMAT_VERSION}.")
         return found
 
+    def owner(self) -> str | None:
+        """The fingerprint of the model that what stands is of, from any mark or part; None where nothing stands."""
+        is_empty = True
+        for folder in ("_ledger", "data"):
+            for name in self.names_and_versions(folder):
+                is_empty = False
+                with suppress(NotFound, ValueError, KeyError):
+                    return self._model_in(folder, name)
+        return None if is_empty else UNKNOWN
+
+    def _model_in(self, folder: str, name: str) -> str:
+        """The fingerprint of the model that a mark or a part is of."""
+        if folder == "data":
+            return self.read_footer(folder, name.removesuffix(PARQUET)).model_fingerprint
+        return str(json.loads(self.store.read(self.path(folder, name)))["model_fingerprint"])
+
     def check_identity(self, ours: Identity) -> None:
         """Raise ModelMismatch if there is anything in the dataset and it is another model's. Of `ours`, the fingerprint
         and the components behind it are enough."""
         theirs = self.identity()
-        if theirs is not None and not _is_same(theirs, ours) and not self._is_empty():
+        if theirs is not None and _model(theirs) == _model(ours):
+            return
+        owner = self.owner()
+        if owner is None or (theirs is None and owner == _model(ours)):
+            return
+        raise ModelMismatch(_difference(self.url, theirs or {"model_fingerprint": owner}, ours))
+
+    def confirm_identity(self, ours: Identity) -> None:
+        """Raise ModelMismatch unless the dataset is claimed for our model, which a run has done before it commits."""
+        theirs = self.identity()
+        if theirs is None:
+            raise ModelMismatch(f"{self.path(IDENTITY)} is gone. Another run may be claiming the dataset: run again.")
+        if _model(theirs) != _model(ours):
             raise ModelMismatch(_difference(self.url, theirs, ours))
 
     def claim_identity(self, ours: Identity) -> None:
-        """Write what the dataset is, unless it says so already; called before the first commit.
+        """Make the dataset our model's, unless it is already; called before the first commit.
 
         A dataset without a part or a mark may be claimed anew, so that a first run with the wrong model locks
-        nobody out. What stands after writing decides: of two first runs with two models one is refused.
+        nobody out. Raises ModelMismatch also for the one of two first runs with two models that comes too late.
         """
-        data = json.dumps(ours, indent=1, ensure_ascii=False).encode()
         self.check_identity(ours)
-        found = self.identity()
-        if found is not None and _is_same(found, ours):
-            return
-        if not self.store.put_if_absent(self.path(IDENTITY), data):
-            self.check_identity(ours)
-            self.store.put(self.path(IDENTITY), data)
-        self.check_identity(ours)
-        self.store.put(self.path("README.md"), dataset_card(ours).encode())
+        if not run_steps(claim_steps(ours, _model), self._claim_step):
+            self.confirm_identity(ours)
+        self.store.put_if_absent(self.path(CARD), dataset_card(ours).encode())
 
-    def _is_empty(self) -> bool:
-        return not any(self.store.find(self.path(folder)) for folder in ("_ledger", "data"))
+    def _claim_step(self, step: Identify | Owner | Claim | Disown) -> Any:
+        match step:
+            case Identify():
+                return self.identity()
+            case Owner():
+                return self.owner()
+            case Claim(identity):
+                data = json.dumps(identity, indent=1, ensure_ascii=False).encode()
+                return self.store.put_if_absent(self.path(IDENTITY), data)
+            case Disown():
+                self.store.delete(self.path(CARD))
+                return self.store.delete(self.path(IDENTITY))
 
-    def _names_and_versions(self, folder: str) -> dict[str, str]:
-        return {_name(file.url): file.version for file in self.store.find(self.path(folder))}
+    def names_and_versions(self, folder: str) -> dict[str, str]:
+        """Of the files directly in a folder; whatever lies deeper is not ours."""
+        url = canonical(self.path(folder))
+        return {_name(f.url): f.version for f in self.store.find(url) if f.url.rpartition("/")[0] == url}
 
     def _version(self, url: str) -> str | None:
         try:
@@ -119,8 +196,8 @@ def make_identity(model: Identity, model_fingerprint: str, classes: list[str] | 
     return json.loads(json.dumps(identity))  # type: ignore[no-any-return]  # as it will be read back
 
 
-def _is_same(theirs: Identity, ours: Identity) -> bool:
-    return bool(theirs["model_fingerprint"] == ours["model_fingerprint"])
+def _model(identity: Identity) -> str:
+    return str(identity["model_fingerprint"])
 
 
 def _difference(url: str, theirs: Identity, ours: Identity) -> str:
@@ -128,7 +205,8 @@ def _difference(url: str, theirs: Identity, ours: Identity) -> str:
         f"{url} holds another model's rows, and vectors of two models must not mix. Choose another output.url, or"
         " the model that the dataset was made with:"
     ]
-    old, new = _flat(theirs), _flat(ours)
+    shared = theirs.keys() & ours.keys()
+    old, new = (_flat({name: identity[name] for name in shared}) for identity in (theirs, ours))
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name) and not name.startswith("classes"):
             lines.append(f"  {name}: the dataset has {_short(old.get(name))}, this run {_short(new.get(name))}")
@@ -148,6 +226,10 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 
 def _name(url: str) -> str:
     return url.rpartition("/")[2]
+
+
+def _marks(names: Iterable[str]) -> list[Mark]:
+    return [mark for name in names if (mark := Mark.parse(name)) is not None]
 
 
 def _parts(names: dict[str, str]) -> dict[str, str]:
@@ -176,15 +258,35 @@ Made by resnet-batch with `{model.get("name")}`, weights `{model.get("weights")}
 
 
 def read_table(dataset: Dataset, folder: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """All rows of `data` or `errors`, sorted by shard and index within each part. Reads several parts at a time."""
-    urls = [file.url for file in dataset.store.find(dataset.path(folder)) if file.url.endswith(PARQUET)]
-    if not urls and dataset.identity() is None:
+    """All rows of `data` or `errors`, part by part, sorted by index within each. Reads several parts at a time.
+
+    Raises NotFound where there is no dataset, or no shard of it is committed yet, so that its columns are unknown.
+    """
+    identity = dataset.identity()
+    if identity is None:
         raise NotFound(f"there is no dataset at {dataset.url}. Check the URL, or run a job first.")
-
-    def read_part(url: str) -> pa.Table:
-        with dataset.store.open(url, read_ahead=False) as file:
-            return pq.read_table(file, columns=None if columns is None else list(columns)).replace_schema_metadata()
-
+    names = sorted(_parts(dataset.names_and_versions(folder)))
     with ThreadPoolExecutor(8) as pool:
-        tables = list(pool.map(read_part, urls))
-    return pa.concat_tables(tables) if tables else errors_schema().empty_table()
+        tables = list(pool.map(lambda name: _read_part(dataset, folder, name, columns), names))
+    found = [table for table in tables if table is not None]
+    if found:
+        return pa.concat_tables(found)
+    if folder == "errors":
+        return errors_schema().empty_table().select(columns or errors_schema().names)
+    raise NotFound(f"no shard of {dataset.url} is committed yet. Run the job first.")
+
+
+def _read_part(dataset: Dataset, folder: str, shard_id: str, columns: Sequence[str] | None) -> pa.Table | None:
+    """The rows of one part as it is now; None if it has been retired since it was listed."""
+    url = dataset.path(folder, shard_id + PARQUET)
+    for attempt in range(READ_ATTEMPTS):
+        try:
+            with dataset.store.open(url, read_ahead=False) as file:
+                table = pq.read_table(file, columns=None if columns is None else list(columns))
+                return table.replace_schema_metadata()
+        except SourceChanged:  # a store may refuse to go on with a part that is replaced meanwhile
+            if attempt == READ_ATTEMPTS - 1:
+                raise
+        except NotFound:
+            return None
+    return None

@@ -1,14 +1,16 @@
 """The ledger, as pure functions: which marks are to be believed, what a commit does in which order, and which shards
-the receipts have completed. Nothing here reads or writes; `commit.py` and `flow.py` do what is decided here.
+the receipts have completed. Nothing here reads or writes; `commit.py`, `dataset.py` and `flow.py` do what is decided
+here.
 
 The order of writes in a commit. Each line must be safe to die after, and to be overtaken by another committer:
 
     1. stop if a valid mark for this fingerprint stands already
     2. the source MUST still be the planned one, and the dataset's model ours
-    3. the shard's old marks MUST be gone before anything that they vouch for is replaced
-    4. the errors part is put (or the old one deleted) before the part
-    5. the part MUST stand before its mark
-    6. the mark's name carries the source's fingerprint and a hash of the versions of the part and the errors part
+    3. a vanished group whose files this one takes MUST be gone before this one's part appears
+    4. the shard's old marks MUST be gone before anything that they vouch for is replaced
+    5. the errors part is put (or the old one deleted) before the part
+    6. the part MUST stand, and the dataset's model still be ours, before the mark is put
+    7. the mark's name carries the source's fingerprint and a hash of the versions of the part and the errors part
 
 A mark is believed only if it is its shard's single one and the versions it vouches for are those that stand there.
 Whatever else is found is done again: same rows, same names.
@@ -16,13 +18,15 @@ Whatever else is found is done again: same rows, same names.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from pipeline.config import digest
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,17 @@ def commit_hash(part: str, errors: str | None) -> str:
     return digest([part, errors])
 
 
+def by_shard(marks: Iterable[Mark], parts: Mapping[str, str], errors: Mapping[str, str]) -> dict[str, Standing]:
+    """What stands, shard by shard, from the listings of marks, parts and errors parts (shard id to version)."""
+    marks_of: dict[str, list[Mark]] = {}
+    for mark in marks:
+        marks_of.setdefault(mark.shard_id, []).append(mark)
+    return {
+        name: Standing(tuple(marks_of.get(name, ())), parts.get(name), errors.get(name))
+        for name in marks_of.keys() | parts.keys() | errors.keys()
+    }
+
+
 # --- The commit, step by step ---------------------------------------------------------------------------------------
 
 
@@ -82,12 +97,17 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Raise if the source is no longer the planned one or the dataset is another model's. Answer: nothing."""
+    """Raise if the source is no longer the planned one or the dataset is not our model's. Answer: nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Confirm:
+    """Answer: None, or the error that says that another model has claimed the dataset meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """Write `data`, `errors` or `_ledger` for this shard. Answer: the version written."""
+    """Write a file of `data`, `errors` or `_ledger` for this shard. Answer: the version written."""
 
     folder: str
     name: str
@@ -101,15 +121,32 @@ class Delete:
     name: str
 
 
-Step = Look | Check | Put | Delete
+Step = Look | Check | Confirm | Put | Delete
+Steps = Generator[Any, Any, T]
 
 
-def commit_steps(shard_id: str, fingerprint: str, has_errors: bool) -> Generator[Step, Any, bool]:
+def run_steps(steps: Steps[T], perform: Callable[[Any], Any]) -> T:
+    """Perform each step and send its answer back; the steps' own return value."""
+    answer = None
+    while True:
+        try:
+            step = steps.send(answer)
+        except StopIteration as end:
+            return cast(T, end.value)
+        answer = perform(step)
+
+
+def commit_steps(shard_id: str, fingerprint: str, has_errors: bool, retires: Collection[str] = ()) -> Steps[bool]:
     """The steps of a commit; each is sent its answer. Returns False if the shard stood committed already."""
     standing: Standing = yield Look(shard_id)
-    if standing.fingerprint == fingerprint:
+    is_done = standing.fingerprint == fingerprint
+    if is_done and not retires:
         return False
     yield Check()
+    for vanished in retires:
+        yield from retire_steps(vanished)
+    if is_done:
+        return False
     for mark in standing.marks:
         yield Delete("_ledger", mark.name)
     name = f"{shard_id}.parquet"
@@ -119,17 +156,75 @@ def commit_steps(shard_id: str, fingerprint: str, has_errors: bool) -> Generator
     else:
         yield Delete("errors", name)
     part: str = yield Put("data", name)
+    refusal: Exception | None = yield Confirm()
+    if refusal is not None:
+        # Only a dataset without a part can be claimed by another model, so a part that stood before is no trespasser.
+        if standing.part is None:
+            yield Delete("data", name)
+            yield Delete("errors", name)
+        raise refusal
     yield Put("_ledger", Mark(shard_id, fingerprint, commit_hash(part, errors)).name)
     return True
 
 
-def retire_steps(shard_id: str) -> Generator[Step, Any, None]:
+def retire_steps(shard_id: str) -> Steps[None]:
     """The steps that take a shard out of the dataset: its marks first, so that nothing vouches for what is gone."""
     standing: Standing = yield Look(shard_id)
     for mark in standing.marks:
         yield Delete("_ledger", mark.name)
     yield Delete("data", f"{shard_id}.parquet")
     yield Delete("errors", f"{shard_id}.parquet")
+
+
+# --- The claim: which model a dataset is of --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Identify:
+    """Answer: what the dataset says it is; None where it says nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Answer: the fingerprint of the model that the marks are of, or without marks the parts; None if nothing stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Say what the dataset is, unless it says something already. Answer: nothing."""
+
+    identity: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Disown:
+    """Delete what the dataset says it is. Answer: nothing."""
+
+
+def claim_steps(ours: Any, model_of: Callable[[Any], str]) -> Steps[bool]:
+    """The steps that make a dataset our model's, for its whole life; False if it is another's.
+
+    An empty dataset may change hands while a commit of its old owner is under way. So the look for parts comes after
+    the claim, as a commit confirms the claim after its part: at least one of the two sees the other and withdraws.
+    """
+    theirs = yield Identify()
+    is_ours = theirs is not None and model_of(theirs) == model_of(ours)
+    if theirs is not None and not is_ours:
+        if (yield Owner()) is not None:
+            return False
+        yield Disown()
+    if not is_ours:
+        yield Claim(ours)
+        found = yield Identify()
+        if found is None or model_of(found) != model_of(ours):
+            return False
+    owner = yield Owner()
+    if owner in (None, model_of(ours)):
+        return True
+    yield Disown()
+    if theirs is not None and owner == model_of(theirs):
+        yield Claim(theirs)
+    return False
 
 
 # --- Receipts ------------------------------------------------------------------------------------------------------
@@ -270,16 +365,6 @@ def _add(shard: _Open, receipt: Receipt) -> None:
         grown = np.zeros(max(top, 2 * len(shard.seen)), bool)
         grown[: len(shard.seen)] = shard.seen
         shard.seen = grown
-    shard.seen[receipt.indices] = True
-    shard.pieces.append(receipt.piece)
-
-
-def by_shard(marks: Iterable[Mark], parts: Mapping[str, str], errors: Mapping[str, str]) -> dict[str, Standing]:
-    """What stands, shard by shard, from the listings of marks, parts and errors parts (shard id to version)."""
-    marks_of: dict[str, list[Mark]] = {}
-    for mark in marks:
-        marks_of.setdefault(mark.shard_id, []).append(mark)
-    return {
-        name: Standing(tuple(marks_of.get(name, ())), parts.get(name), errors.get(name))
-        for name in marks_of.keys() | parts.keys() | errors.keys()
-    }
+    if not shard.seen[receipt.indices].all():  # a block that came twice brings nothing
+        shard.seen[receipt.indices] = True
+        shard.pieces.append(receipt.piece)

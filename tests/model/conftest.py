@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from pipeline.config import JobConfig, make_config
-from tests.model.helpers import FileServer, discriminating_state
+from pipeline.config import JobConfig
+from pipeline.model.zoo import share_cores
+from tests.model.helpers import FileServer, discriminating_state, make_job
+
+share_cores()  # before a test module imports torch
 
 
 @pytest.fixture(autouse=True)
@@ -22,14 +24,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def job() -> Callable[..., JobConfig]:
-    """`job(name="resnet18", engine="eager", directory=…)`: a config with that model."""
-
-    def make(*, engine: str = "auto", output: dict[str, Any] | None = None, **model: Any) -> JobConfig:
-        directory = model.pop("directory", None)
-        sections = {"model": model, "output": {"url": "out", **(output or {})}, "runtime": {"engine": engine}}
-        return make_config({"input": {"url": "in"}, **sections}, directory)
-
-    return make
+    return make_job
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import functools
 import http.server
 import io
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -15,9 +16,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pipeline.config import JobConfig, make_config
+
 ROOT = Path(__file__).parents[2]
 SIZE = 112  # pixels; half the usual size keeps the tests short
 NUM_CLASSES = 40
+
+
+def make_job(*, engine: str = "auto", output: dict[str, Any] | None = None, **model: Any) -> JobConfig:
+    """`make_job(name="resnet18", engine="eager", directory=…)`: a config with that model."""
+    directory = model.pop("directory", None)
+    sections = {"model": model, "output": {"url": "out", **(output or {})}, "runtime": {"engine": engine}}
+    return make_config({"input": {"url": "in"}, **sections}, directory)
 
 
 @functools.cache
@@ -88,7 +98,17 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.downloads.append(self.path)
         threading.Event().wait(0.3)
-        super().do_GET()
+        path = Path(self.translate_path(self.path))
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if wanted is None or not path.is_file():
+            return super().do_GET()
+        first, last = int(wanted[1]), min(int(wanted[2]), path.stat().st_size - 1)
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{last}/{path.stat().st_size}")
+        self.send_header("Content-Length", str(last - first + 1))
+        self.end_headers()
+        self.wfile.write(path.read_bytes()[first : last + 1])
+        return None
 
     def log_message(self, *args: object) -> None:
         pass

@@ -71,7 +71,7 @@ def test_a_dead_server_is_a_weights_error_too(tmp_path: Path, serve):
     server = serve(tmp_path)
     server.shutdown()
     server.server_close()
-    with pytest.raises(WeightsError, match="cannot fetch the weights"):
+    with pytest.raises(WeightsError, match=r"cannot fetch the weights"):
         fetch(f"{server.url}/net.pth", Storage(deadline_s=0.1, connect_timeout_s=1.0), None)
 
 
@@ -103,5 +103,5 @@ with lock("x"), new_folder(pathlib.Path(sys.argv[1])) as folder:
 def test_a_cache_that_cannot_be_written_says_what_to_set(tmp_path: Path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RESNET_BATCH_CACHE", str(tmp_path / "file"))
-    with pytest.raises(FatalError, match="cannot write to the cache directory .*Set RESNET_BATCH_CACHE"):
+    with pytest.raises(FatalError, match=r"cannot write to the cache directory .*Set RESNET_BATCH_CACHE"):
         cache_directory("weights")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
 import shutil
 import sys
@@ -94,7 +95,15 @@ def test_a_module_that_is_nowhere_is_refused_with_the_places_searched(tmp_path: 
 
 
 def test_a_callable_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path):
-    text = "import os\nfrom m import a as b\nclass Net: ...\nif True:\n    def build(): ...\ndef _hidden():\n    inner = 1\n"
+    text = """\
+        import os
+        from m import a as b
+        class Net: ...
+        if True:
+            def build(): ...
+        def _hidden():
+            inner = 1
+    """
     write(tmp_path, {"net.py": text})
     with pytest.raises(ConfigError, match=r"net.py defines no inner. It defines: Net, b, build, os\."):
         locate("net:inner", tmp_path)
@@ -106,13 +115,13 @@ def test_a_callable_that_is_not_there_is_refused_with_those_that_are(tmp_path: P
 
 @pytest.mark.parametrize("name", ["net:", ":build", "a b:c", "net:build:x", "../net:build"])
 def test_what_is_no_name_is_refused(name: str):
-    with pytest.raises(ConfigError, match="must read package.module:callable"):
+    with pytest.raises(ConfigError, match=r"must read package.module:callable"):
         locate(name, None)
 
 
 def test_a_file_that_is_no_python_is_refused(tmp_path: Path):
     write(tmp_path, {"net.py": "def build(:\n"})
-    with pytest.raises(ConfigError, match="net.py is not Python that this version reads"):
+    with pytest.raises(ConfigError, match=r"net.py is not Python that this version reads"):
         locate("net:build", tmp_path)
 
 
@@ -156,7 +165,7 @@ def test_what_does_not_travel_is_named_when_it_is_missing(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"cannot import net:build .*No module named 'not_installed_here'"):
         load_callable(source)
     source = locate("net:build", write(tmp_path, {"net.py": "build = 3\n"}))
-    with pytest.raises(ConfigError, match="net:build is a int, not a function"):
+    with pytest.raises(ConfigError, match=r"net:build is a int, not a function"):
         load_callable(source)
 
 
@@ -164,6 +173,17 @@ def test_another_process_imports_what_was_shipped(tmp_path: Path):
     source = locate("nets.small.resnet:build", write(tmp_path / "here", PACKAGE))
     shutil.rmtree(tmp_path / "here")
     (tmp_path / "source").write_bytes(pickle.dumps(source))
-    code = "import pickle, sys; from pipeline.model.source import load_callable as load; print(load(pickle.load(open(sys.argv[1], 'rb')))())"
+    code = """
+import pickle, sys
+from pipeline.model.source import load_callable
+print(load_callable(pickle.load(open(sys.argv[1], "rb")))())
+"""
     both = [python(code, tmp_path / "source") for _ in range(2)]
     assert [output_of(process) for process in both] == ["7", "7"]
+
+
+def test_the_name_of_an_installed_module_is_refused_where_that_is_in_use(tmp_path: Path):
+    importlib.import_module("wave")  # of the standard library
+    source = locate("wave:build", write(tmp_path, {"wave.py": "def build(): ...\n"}))
+    with pytest.raises(ConfigError, match=r"wave is also the name of an installed module, .*/wave.py.*Rename yours"):
+        load_callable(source)

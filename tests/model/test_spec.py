@@ -13,7 +13,11 @@ from tests.model.helpers import output_of, python
 
 
 def test_the_driver_imports_neither_torch_nor_ray():
-    code = "import sys, pipeline.model.spec, pipeline.model.zoo, pipeline.model.engines; print({'torch', 'ray'} & {*sys.modules})"
+    code = """
+import sys
+import pipeline.model.engines, pipeline.model.spec, pipeline.model.zoo
+print({"torch", "ray"} & set(sys.modules))
+"""
     assert output_of(python(code)) == "set()"
 
 

@@ -1,0 +1,144 @@
+"""Rows of a dataset computed again from their source bytes: `verify --sample`."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from pipeline.config import JobConfig, Runtime, make_config
+from pipeline.errors import ConfigError
+from pipeline.inputs.shards import Shard, discover
+from pipeline.local import predict_rows
+from pipeline.model.spec import make_spec
+from pipeline.outputs.dataset import PARQUET, Dataset
+from pipeline.outputs.schema import Footer
+from pipeline.storage import Store
+
+MAX_PARTS = 8  # that the sampled rows come from
+MIN_COSINE = 0.99  # of the centred embeddings of another engine or processor
+MIN_MARGIN = 1e-3  # between the first two scores: closer, and another processor may well decide otherwise
+
+
+@dataclass
+class Recomputed:
+    sampled: int = 0
+    agreed: int = 0
+    note: str = ""
+    problems: list[str] = field(default_factory=list)
+
+
+def recompute(dataset: Dataset, footers: Mapping[str, Footer], sample: int, config: JobConfig | None) -> Recomputed:
+    """Recompute random rows of these committed shards and compare class and embedding.
+
+    Without a config, that of the last run is taken, on whatever device there is here. Shards that changed or went
+    since they were committed cannot be recomputed, and are left out. Raises ModelMismatch if the config is of
+    another model than the dataset's, ConfigError where there is none.
+    """
+    config = config or _last_config(dataset)
+    spec = make_spec(config)
+    dataset.check_identity({"model_fingerprint": spec.fingerprint, "model": spec.identity})
+    shards = {shard.id: shard for shard in discover(_lenient(config).input, Store(config.input_storage))}
+    fingerprints = {name: shard.fingerprint for name, shard in shards.items()}
+    there = [name for name, footer in footers.items() if fingerprints.get(name) == footer.shard_fingerprint]
+    result = Recomputed()
+    if len(there) < len(footers):
+        result.note = (
+            f"{len(footers) - len(there)} of {len(footers)} shards are no longer in the input as they were committed:"
+            " their rows were not recomputed"
+        )
+    rows, mean = _pick(dataset, [name for name in there if footers[name].predicted], sample)
+    if rows:
+        _compare(rows, mean, {shards[name].url: shards[name] for name in there}, config, result)
+    return result
+
+
+def _lenient(config: JobConfig) -> JobConfig:
+    return config.model_copy(update={"input": config.input.model_copy(update={"allow_empty": True})})
+
+
+def _last_config(dataset: Dataset) -> JobConfig:
+    reports = sorted(f.url for f in dataset.store.find(dataset.path("_runs")) if f.url.endswith("/report.json"))
+    if not reports:
+        raise ConfigError("--sample recomputes rows, and no report tells how they were made. Give --config.")
+    try:
+        config = make_config(json.loads(dataset.store.read(reports[-1]))["config"])
+    except (ConfigError, ValueError, KeyError, TypeError) as cause:
+        raise ConfigError(
+            f"--sample takes the config of the last run, {reports[-1]}: {cause}. Give --config."
+        ) from cause
+    is_noop = config.runtime.engine == "noop"
+    return config.model_copy(update={"runtime": Runtime(engine="noop" if is_noop else "auto")})
+
+
+def _pick(dataset: Dataset, names: list[str], sample: int) -> tuple[list[dict[str, Any]], np.ndarray | None]:
+    """Random rows of a few random parts, and the mean embedding (D,) of the row groups that they come from."""
+    chosen = random.sample(names, min(MAX_PARTS, sample, len(names)))
+    rows: list[dict[str, Any]] = []
+    total, count = None, 0
+    for left, name in zip(range(len(chosen), 0, -1), chosen, strict=True):
+        with dataset.store.open(dataset.path("data", name + PARQUET), read_ahead=False) as file:
+            parquet = pq.ParquetFile(file)
+            group = parquet.read_row_group(random.sample(range(parquet.num_row_groups), 1)[0])
+        wanted = min(-(-(sample - len(rows)) // left), group.num_rows)
+        rows.extend(group.take(sorted(random.sample(range(group.num_rows), wanted))).to_pylist())
+        if "embedding" in group.column_names:
+            values = group["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            summed = values.reshape(group.num_rows, -1).sum(axis=0, dtype=np.float64)
+            total, count = summed if total is None else total + summed, count + group.num_rows
+    return rows, None if total is None else total / count
+
+
+def _compare(
+    rows: list[dict[str, Any]],
+    mean: np.ndarray | None,
+    shards: Mapping[str, Shard],
+    config: JobConfig,
+    result: Recomputed,
+) -> None:
+    wanted: dict[str, set[int]] = {}
+    for row in rows:
+        wanted.setdefault(row["shard"], set()).add(row["index"])
+    again = predict_rows([(shards[url], indices) for url, indices in wanted.items()], config)
+    known = {(row["shard"], row["index"]): row for row in again.to_pylist()}
+    for row in rows:
+        result.sampled += 1
+        found = known.get((row["shard"], row["index"]))
+        difference = "it is not in its shard" if found is None else next(_differences(row, found, mean), None)
+        if difference is None:
+            result.agreed += 1
+        else:
+            result.problems.append(f"{row['shard']} index {row['index']} ({row['key']}): {difference}")
+
+
+def _differences(stored: dict[str, Any], found: dict[str, Any], mean: np.ndarray | None) -> Iterator[str]:
+    """Why two results of one sample are not the same."""
+    if found["error"] is not None:
+        yield f"it is an error row when it is computed again: {found['message']}"
+        return
+    if found["key"] != stored["key"]:
+        yield f"its key is {found['key']}"
+    if (found["width"], found["height"]) != (stored["width"], stored["height"]):
+        yield f"its size is {found['width']} x {found['height']}, stored {stored['width']} x {stored['height']}"
+    if "class_id" in stored and found["class_id"] != stored["class_id"] and _margin(found) > MIN_MARGIN:
+        yield f"computed again it is {found['label']}, stored {stored['label']}"
+    if mean is not None:
+        a, b = np.asarray(stored["embedding"], np.float64), np.asarray(found["embedding"], np.float64)
+        cosine = _cosine(a - mean, b - mean)
+        if cosine < MIN_COSINE and not np.allclose(a, b, rtol=0, atol=2e-3 * np.abs(b).max()):
+            yield f"the centred cosine of its embedding with the one computed again is {cosine:.4f}"
+
+
+def _margin(row: dict[str, Any]) -> float:
+    scores = [entry["score"] for entry in row["top_k"]]
+    return float(scores[0] - scores[1]) if len(scores) > 1 else 1.0
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    norms = np.linalg.norm(a) * np.linalg.norm(b)
+    return float(a @ b / norms) if norms else 0.0

@@ -1,0 +1,374 @@
+"""Discovery: which shards an input's URLs stand for, their ids and fingerprints, and how loose files are grouped."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.config import Input
+from pipeline.errors import ConfigError, SourceChanged
+from pipeline.inputs.shards import Shard, current_fingerprint, discover, group_files, relative, shard_id
+from pipeline.storage import FileInfo, Store
+
+ROOT = "file:///photos"
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode("utf-8", "surrogateescape"))
+
+
+def found(*urls: object, **config: Any) -> list[Shard]:
+    return discover(Input(url=[str(url) for url in urls], **config), Store())
+
+
+def names(shards: list[Shard]) -> set[str]:
+    """File names of tars and Parquet files."""
+    return {shard.url.rpartition("/")[2] for shard in shards}
+
+
+def paths(shards: list[Shard]) -> list[str]:
+    """The members of all groups, relative to their roots, in order; each must be there once."""
+    members = [(shard.root, member.url) for shard in shards for member in shard.members]
+    assert len({url for _, url in members}) == len(members), "a file is in two groups"
+    return sorted(relative(root, url) for root, url in members)
+
+
+# --- Ids -----------------------------------------------------------------------------------------------------------
+
+
+def test_ids_never_change() -> None:
+    """Parts and marks are named by them: another rule would make every dataset start anew."""
+    assert shard_id("s3://bucket/raw/train-0001.tar") == "train-0001.tar-cde769b83f5fa469"
+    assert shard_id("file:///data/a b_ü.tar") == "ab.tar-261c5f2934bf9b13"
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("s3://b/x/train_01.tar", "train01.tar"),
+        ("s3://b/..hidden.tar", "hidden.tar"),
+        ("s3://b/_.a.tar", "a.tar"),
+        ("s3://b/-a.tar", "-a.tar"),
+        ("s3://b/" + "x" * 200 + ".tar", "x" * 80),
+        ("s3://b/фото", ""),
+        ("file:///photos#", "photos"),
+        ("file:///photos#deep/a.jpg", "a.jpg"),
+    ],
+)
+def test_id_is_the_reduced_file_name_and_a_hash(url: str, name: str) -> None:
+    assert re.fullmatch(re.escape(name) + "-[0-9a-f]{16}", shard_id(url))
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_id_of_any_url_is_a_safe_file_name(path: str) -> None:
+    assert re.fullmatch(r"([A-Za-z0-9-][A-Za-z0-9.-]{0,79})?-[0-9a-f]{16}", shard_id("s3://b/" + path))
+
+
+def test_ids_of_equal_names_differ_by_folder() -> None:
+    assert shard_id("s3://b/1/a.tar") != shard_id("s3://b/2/a.tar")
+
+
+def test_collision_is_refused(tmp_path: Path) -> None:
+    """`x#y/z.jpg` below one root and `z.jpg` below another, `x#y`, would be one URL."""
+    touch(tmp_path, "x/y#z.jpg", "x#y/z.jpg")
+    with pytest.raises(ConfigError, match="have the same id xyz"):
+        found(tmp_path / "x", tmp_path / "x#y", group_size=1)
+
+
+# --- What a URL stands for -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    touch(tmp_path, "a.tar", "b.TAR.GZ", "deep/c.tgz", "deep/d.parquet", "e.pq", "deep/f.jpg", "notes.md", "g.bin")
+    return tmp_path
+
+
+def test_folder_is_read_recursively_by_suffix(mixed: Path) -> None:
+    shards = found(mixed)
+    kinds = {shard.url.rpartition("/")[2]: shard.kind for shard in shards if shard.kind != "files"}
+    assert kinds == {
+        **dict.fromkeys(("a.tar", "b.TAR.GZ", "c.tgz"), "webdataset"),
+        **dict.fromkeys(("d.parquet", "e.pq"), "parquet"),
+    }
+    assert paths(shards) == ["deep/f.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [("*.tar", {"a.tar"}), ("?.tar", {"a.tar"}), ("[ab].*", {"a.tar", "b.TAR.GZ"}), ("**/*.tgz", {"c.tgz"})],
+)
+def test_patterns(mixed: Path, pattern: str, expected: set[str]) -> None:
+    assert names(found(mixed / pattern)) == expected
+
+
+def test_pattern_with_auto_takes_known_suffixes_only(mixed: Path) -> None:
+    assert names(found(mixed / "*")) == {"a.tar", "b.TAR.GZ", "e.pq"}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [("webdataset", {"a.tar", "b.TAR.GZ", "c.tgz"}), ("parquet", {"d.parquet", "e.pq"})],
+)
+def test_format_narrows_a_folder(mixed: Path, wanted: str, expected: set[str]) -> None:
+    assert names(found(mixed, format=wanted)) == expected
+
+
+def test_format_files_takes_only_images_of_a_folder(mixed: Path) -> None:
+    assert paths(found(mixed, format="files")) == ["deep/f.jpg"]
+
+
+def test_format_reads_whatever_a_pattern_or_a_name_chooses(mixed: Path) -> None:
+    assert {(s.kind, s.url.rpartition("/")[2]) for s in found(mixed / "*.bin", mixed / "a.tar", format="parquet")} == {
+        ("parquet", "g.bin"),
+        ("parquet", "a.tar"),
+    }
+    (group,) = found(mixed / "g.bin", format="files")
+    assert relative(group.root, group.members[0].url) == "g.bin"
+
+
+def test_named_file_of_unknown_kind_is_refused(mixed: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot tell how to read .*g.bin. Set input.format"):
+        found(mixed / "g.bin")
+
+
+def test_hidden_files_and_folders_are_skipped_unless_spelled(tmp_path: Path) -> None:
+    touch(tmp_path, "a.tar", "_b.tar", ".c.tar", "_temporary/d.tar", ".e/f.tar", "g/_h/i.tar")
+    assert names(found(tmp_path)) == {"a.tar"}
+    assert names(found(tmp_path / "**/*.tar")) == {"a.tar"}
+    assert names(found(tmp_path / "_b.tar", tmp_path / ".c.tar")) == {"_b.tar", ".c.tar"}
+    assert names(found(tmp_path / "_*.tar")) == {"_b.tar"}
+    assert names(found(tmp_path / "*/_h/*.tar")) == {"i.tar"}
+    assert names(found(tmp_path / "_temporary", tmp_path / ".e/")) == {"d.tar", "f.tar"}
+
+
+def test_file_that_several_urls_match_is_one_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "raw/a.tar")
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "raw/a.tar"
+    urls = (path, "raw/a.tar", f"file://{path}", "raw/../raw/a.tar", "raw", "raw/", "raw/*.tar", "**/*.tar")
+    for url in urls:
+        (shard,) = found(url)
+        assert shard.url == f"file://{path}"
+    assert len(found(*urls)) == 1
+
+
+def test_order_of_urls_is_nothing(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"x/{name}" for name in ("a.tar", "y/b.jpg", "y/z/c.jpg", "d.jpg", "_e.tar")))
+    urls = [tmp_path / "x", tmp_path / "x/y", tmp_path / "x/y/z/c.jpg", tmp_path / "x/_e.tar"]
+    plans = [found(*order, group_size=2) for order in itertools.permutations(urls)]
+    assert all(plan == plans[0] for plan in plans)
+    assert [shard.id for shard in plans[0]] == sorted(shard.id for shard in plans[0])
+
+
+# --- Empty listings ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("url", ["nothing.tar", "nowhere/", "*.parquet", "docs"])
+def test_url_with_nothing_to_read_is_refused_even_beside_others(tmp_path: Path, url: str) -> None:
+    touch(tmp_path, "a.tar", "docs/readme.md")
+    for urls in ([tmp_path / url], [tmp_path / "a.tar", tmp_path / url]):
+        with pytest.raises(ConfigError, match=f"nothing to read under [^,]*/{re.escape(url.rstrip('/'))}"):
+            found(*urls)
+    assert names(found(tmp_path / url, tmp_path / "a.tar", allow_empty=True)) == {"a.tar"}
+
+
+def test_empty_listing_is_fine_where_allowed(tmp_path: Path) -> None:
+    assert found(tmp_path, allow_empty=True) == []
+
+
+def test_a_long_list_of_empty_urls_is_cut(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"/4.tar \(no files\) and 15 more\. Check"):
+        found(*(tmp_path / f"{number}.tar" for number in range(20)))
+
+
+# --- Text files of URLs --------------------------------------------------------------------------------------------
+
+
+def test_text_file_of_urls(tmp_path: Path) -> None:
+    touch(tmp_path, "raw/a.tar", "raw/b.tar", "raw/sub/c.tar", "d.tar", "lists/e.tar", "lists/#f.tar")
+    lines = ["\ufeff# nightly", f"{tmp_path}/raw/a.tar", "", f"  file://{tmp_path}/raw/b.tar\r", "../raw/su[b]/*"]
+    (tmp_path / "lists/urls.txt").write_bytes("\n".join([*lines, "e.tar", "./#f.tar"]).encode())
+    shards = found(tmp_path / "lists/urls.txt", tmp_path / "d.tar")
+    assert names(shards) == {"a.tar", "b.tar", "c.tar", "d.tar", "e.tar", "#f.tar"}
+
+
+def test_missing_empty_and_nested_lists_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("# nothing\n\n")
+    (tmp_path / "nested.txt").write_text("empty.txt\n")
+    for name, message in {"no": "is not there", "empty": "nothing to read", "nested": "another list"}.items():
+        with pytest.raises(ConfigError, match=message):
+            found(tmp_path / f"{name}.txt")
+
+
+def test_line_of_a_list_that_has_gone_is_named(tmp_path: Path) -> None:
+    touch(tmp_path, "a.tar")
+    (tmp_path / "urls.txt").write_text("a.tar\ngone.tar\n")
+    with pytest.raises(ConfigError, match=r"gone\.tar"):
+        found(tmp_path / "urls.txt")
+
+
+# --- Loose files: roots and names ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("url", ["photos", "photos/", "photos//", "photos/**/*.jpg", "photos/*/../*/*.jpg"])
+def test_keys_are_relative_to_the_root_however_it_is_written(tmp_path: Path, url: str) -> None:
+    touch(tmp_path, "photos/a/1.jpg", "photos/b/2.jpg")
+    (group,) = found(f"{tmp_path}/{url}")
+    assert group.url == f"file://{tmp_path}/photos#"
+    assert paths([group]) == ["a/1.jpg", "b/2.jpg"]
+
+
+def test_single_images_and_their_folder_share_a_root(tmp_path: Path) -> None:
+    touch(tmp_path, "photos.jpg/a.jpg", "photos.jpg/b.JPEG")
+    (group,) = found(tmp_path / "photos.jpg/b.JPEG", tmp_path / "photos.jpg/a.jpg")
+    assert group == found(tmp_path / "photos.jpg")[0]
+    assert paths([group]) == ["a.jpg", "b.JPEG"]
+
+
+def test_the_outermost_of_nested_roots_names_a_file(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "in/b.jpg", "in/deep/c.jpg")
+    outer = found(tmp_path)
+    assert found(tmp_path / "in/deep", tmp_path, tmp_path / "in") == outer
+    shards = found(tmp_path / "*.jpg", tmp_path / "in")  # the pattern does not reach into the folder
+    assert {shard.url for shard in shards} == {f"file://{tmp_path}#", f"file://{tmp_path}/in#"}
+    assert paths(shards) == ["a.jpg", "b.jpg", "deep/c.jpg"]
+
+
+@pytest.mark.parametrize(
+    "name", ["#1.jpg", "a#b/c.jpg", "fünf 5.jpg", "日本/猫.jpg", "a\nb.jpg", os.fsdecode(b"\xff.jpg")]
+)
+def test_odd_names_begin_groups_as_well(tmp_path: Path, name: str) -> None:
+    touch(tmp_path, name, "zzz.jpg")
+    shards = found(tmp_path, group_size=1)
+    assert {shard.url for shard in shards} == {f"file://{tmp_path}#{name}", f"file://{tmp_path}#zzz.jpg"}
+    assert paths(shards) == sorted([name, "zzz.jpg"])
+    assert all(current_fingerprint(shard, Store()) == shard.fingerprint for shard in shards)
+
+
+def test_names_below_a_root_keep_slashes_of_their_own() -> None:
+    """An object store tells `raw/a.jpg` and `raw//a.jpg` apart."""
+    files = [FileInfo(f"s3://b/raw{name}", 1, "v") for name in ("/a.jpg", "//a.jpg")]
+    shards = list(group_files("s3://b/raw", files, 1))
+    assert [shard.url for shard in shards] == ["s3://b/raw#/a.jpg", "s3://b/raw#a.jpg"]
+
+
+# --- Loose files: groups -------------------------------------------------------------------------------------------
+
+Groups = dict[str, tuple[str, ...]]
+some_paths = st.sets(st.text("ab/#é\udcff", min_size=1, max_size=6), max_size=40)
+sizes = st.integers(1, 6)
+
+
+def groups(members: set[str], group_size: int) -> Groups:
+    """Group URL to member paths. Listed in no order."""
+    files = [FileInfo(f"{ROOT}/{path}", len(path), "v") for path in members]
+    cut = list(group_files(ROOT, files, group_size))
+    result = {shard.url: tuple(relative(ROOT, member.url) for member in shard.members) for shard in cut}
+    assert len(result) == len(cut), "two groups have one name"
+    return result
+
+
+@given(some_paths, sizes)
+def test_groups_hold_every_file_once_and_in_order(members: set[str], group_size: int) -> None:
+    cut = groups(members, group_size)
+    assert sorted(path for group in cut.values() for path in group) == sorted(members)
+    begins = sorted(cut)
+    assert [path for url in begins for path in cut[url]] == sorted(members)
+    for url in begins:
+        assert url == f"{ROOT}#{cut[url][0]}" or (url == f"{ROOT}#" and url == begins[0])
+
+
+@given(some_paths, st.text("ab/#é\udcff", min_size=1, max_size=6), sizes)
+def test_a_file_that_comes_or_goes_changes_its_group_or_splits_or_merges_two(
+    members: set[str], path: str, group_size: int
+) -> None:
+    without, with_it = groups(members - {path}, group_size), groups(members | {path}, group_size)
+    old = dict(without.items() - with_it.items())
+    new = dict(with_it.items() - without.items())
+    assert len(old) <= 1
+    assert 1 <= len(new) <= 2
+    assert len(new) == 1 or f"{ROOT}#{path}" in new  # only a file that begins a group splits one
+    moved = {member for group in new.values() for member in group}
+    assert moved == {member for group in old.values() for member in group} | {path}
+
+
+@given(some_paths, st.lists(st.text("ab", max_size=4), max_size=10), sizes)
+def test_appending_in_name_order_changes_the_last_group_only(
+    members: set[str], later: list[str], group_size: int
+) -> None:
+    before = groups(members, group_size)
+    after = groups(members | {f"\U0010ffff{name}" for name in later}, group_size)
+    untouched = sorted(before)[:-1]
+    assert {url: after[url] for url in untouched} == {url: before[url] for url in untouched}
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**32), st.sampled_from([20, 100]))
+def test_groups_have_the_wanted_size_on_average(seed: int, group_size: int) -> None:
+    cut = groups({f"{seed}/{number:06}.jpg" for number in range(100 * group_size)}, group_size)
+    assert 60 < len(cut) < 150
+
+
+# --- Fingerprints --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["a.tar", "a.parquet", "a.jpg"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    touch(tmp_path, request.param)
+    return tmp_path / request.param
+
+
+def fingerprint(source: Path) -> str:
+    (shard,) = found(source)
+    assert current_fingerprint(shard, Store()) == shard.fingerprint
+    return shard.fingerprint
+
+
+def test_fingerprint_follows_size_and_time(source: Path) -> None:
+    seen = {fingerprint(source)}
+    stat = source.stat()
+    source.write_bytes(b"longer than before")
+    os.utime(source, ns=(0, stat.st_mtime_ns))
+    seen.add(fingerprint(source))
+    os.utime(source, ns=(0, stat.st_mtime_ns + 1))
+    seen.add(fingerprint(source))
+    assert len(seen) == 3
+
+
+def test_fingerprint_follows_nothing_else(source: Path) -> None:
+    before = fingerprint(source)
+    os.utime(source, ns=(0, source.stat().st_mtime_ns))  # time of access
+    source.chmod(0o600)
+    touch(source.parent, "unrelated.md")
+    assert fingerprint(source) == before
+    elsewhere = source.parent / "elsewhere"
+    elsewhere.mkdir()
+    assert fingerprint(source.rename(elsewhere / source.name)) == before
+
+
+def test_fingerprint_of_a_group_follows_every_member(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "b.jpg", "c.jpg")
+    (group,) = found(tmp_path)
+    os.utime(tmp_path / "b.jpg", ns=(0, 0))
+    changed = current_fingerprint(group, Store())
+    assert changed != group.fingerprint
+    touch(tmp_path, "d.jpg")  # is not of this group as it was planned
+    assert current_fingerprint(group, Store()) == changed
+
+
+def test_source_that_has_gone_is_a_change(source: Path) -> None:
+    (shard,) = found(source)
+    source.unlink()
+    with pytest.raises(SourceChanged, match="has gone"):
+        current_fingerprint(shard, Store())

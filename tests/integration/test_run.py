@@ -1,0 +1,223 @@
+"""A run in local mode, from shards to the dataset: what is there, what is done again and what is not."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import pipeline
+from pipeline.errors import ConfigError, ExitCode, ModelMismatch
+from pipeline.examples.digits import encode_png, load_digits_images
+from pipeline.examples.tars import write_tar
+from tests.support.jobs import BROKEN, assert_exactly_once, assert_no_leftovers, digits_config, digits_tars, rows
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with shards and the dataset of a first run over them; tests that change it take a copy."""
+    folder = tmp_path_factory.mktemp("first")
+    digits_tars(folder / "shards", shards=4, per_shard=50, broken=[7])
+    report = pipeline.run(digits_config(folder / "shards", folder / "labels"))
+    assert report.exit_code == ExitCode.COMPLETE
+    return folder
+
+
+@pytest.fixture
+def copy(first: Path, tmp_path: Path) -> Path:
+    """A copy of `first` under another path: its shards are other shards, so it is moved back and forth instead."""
+    backup = tmp_path / "backup"
+    shutil.copytree(first, backup, copy_function=shutil.copy2)
+    yield first
+    shutil.rmtree(first)
+    shutil.copytree(backup, first, copy_function=shutil.copy2)
+
+
+def test_every_sample_is_a_row_or_an_error_row(first: Path):
+    assert_exactly_once(first / "labels", 200)
+    assert_no_leftovers(first / "labels")
+    table = rows(first / "labels")
+    digits = load_digits_images()
+    truth = {key: str(label) for key, label in zip(digits.keys, digits.labels, strict=True)}
+    right = sum(truth[row["key"]] == row["label"] for row in table.to_pylist())
+    assert right >= 0.97 * table.num_rows
+    assert table.num_rows == 196
+
+
+def test_a_broken_image_is_an_error_row_that_says_why(first: Path):
+    errors = rows(first / "labels", errors=True).to_pylist()
+    assert [row["index"] for row in errors] == [7, 7, 7, 7]
+    for row in errors:
+        assert row["stage"] == "decode"
+        assert row["error"] in {"corrupt", "not_an_image", "truncated"}
+        assert row["num_bytes"] == len(BROKEN)
+        assert len(row["bytes_sha256"]) == 64
+        assert row["key"].startswith("digit-")
+
+
+def test_a_second_run_has_nothing_to_do_and_starts_no_ray(first: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pipeline.running.connected", lambda _: pytest.fail("there is nothing to connect for"))
+    before = {path: path.stat().st_mtime_ns for path in (first / "labels/data").iterdir()}
+    report = pipeline.run(digits_config(first / "shards", first / "labels"))
+    assert (report.exit_code, report.shards_committed, report.shards_done_before) == (0, 0, 4)
+    assert {path: path.stat().st_mtime_ns for path in (first / "labels/data").iterdir()} == before
+
+
+def test_only_what_is_new_or_changed_is_done(copy: Path):
+    shards = copy / "shards"
+    digits = load_digits_images()
+    changed = [(f"other-{n}.png", encode_png(digits.images[n])) for n in range(30)]
+    write_tar(shards / "digits-001.tar", changed)
+    write_tar(shards / "new.tar", changed[:5])
+    (shards / "digits-003.tar").unlink()
+    plan = pipeline.plan(digits_config(shards, copy / "labels"))
+    assert [task.shard.url.rpartition("/")[2] for task in plan.tasks] == ["digits-001.tar", "new.tar"]
+    assert [url.rpartition("/")[2] for url in plan.changed] == ["digits-001.tar"]
+    assert [name.rpartition("-")[0] for name in plan.gone] == ["digits-003.tar"]
+    report = pipeline.run(digits_config(shards, copy / "labels"))
+    assert report.shards_committed == 2
+    # What is gone from the input stays in the dataset until it is pruned.
+    assert_exactly_once(copy / "labels", 2 * 50 + 30 + 5 + 50)
+    keys = {row["key"] for row in rows(copy / "labels").to_pylist() if row["shard"].endswith("digits-001.tar")}
+    assert keys == {f"other-{n}" for n in range(30)}
+
+
+def test_a_part_that_was_deleted_is_done_again(copy: Path):
+    next((copy / "labels/data").iterdir()).unlink()
+    report = pipeline.run(digits_config(copy / "shards", copy / "labels"))
+    assert report.shards_committed == 1
+    assert_exactly_once(copy / "labels", 200)
+
+
+def test_another_model_is_refused_and_the_difference_is_named(first: Path):
+    config = digits_config(first / "shards", first / "labels", output={"top_k": 3})
+    with pytest.raises(ModelMismatch, match=r"top_k: the dataset has 5, this run 3"):
+        pipeline.run(config)
+    with pytest.raises(ModelMismatch, match="must not mix"):
+        pipeline.plan(config)
+    with pytest.raises(ModelMismatch):
+        pipeline.run(digits_config(first / "shards", first / "labels", runtime={"engine": "noop"}))
+
+
+def test_the_report_says_what_was_done(first: Path):
+    reports = sorted((first / "labels/_runs").glob("*/report.json"))
+    report = json.loads(reports[0].read_text())
+    assert report["shards_committed"] == len(report["committed"]) == 4
+    assert (report["predicted"], report["errors"], report["exit_code"]) == (196, 4, 0)
+    assert report["config"]["runtime"]["engine"] == report["engine"] == "eager"
+
+
+def test_not_one_prediction_is_a_failure(tmp_path: Path):
+    write_tar(tmp_path / "bad.tar", [(f"{n}.jpg", BROKEN) for n in range(3)])
+    report = pipeline.run(digits_config(tmp_path / "bad.tar", tmp_path / "labels"))
+    assert report.exit_code == ExitCode.FAILED
+    assert "not one prediction" in report.message
+    assert_exactly_once(tmp_path / "labels", 3)
+
+
+def test_an_empty_shard_commits_an_empty_part(tmp_path: Path):
+    write_tar(tmp_path / "empty.tar", [])
+    report = pipeline.run(digits_config(tmp_path / "empty.tar", tmp_path / "labels"))
+    assert (report.exit_code, report.shards_committed) == (0, 1)
+    (part,) = (tmp_path / "labels/data").iterdir()
+    assert pq.read_table(part).num_rows == 0
+
+
+def test_nothing_listed_is_an_error_unless_allowed(tmp_path: Path):
+    with pytest.raises(ConfigError, match="nothing to read"):
+        pipeline.run(digits_config(tmp_path, tmp_path / "labels"))
+    report = pipeline.run(digits_config(tmp_path, tmp_path / "labels", input={"allow_empty": True}))
+    assert report.exit_code == ExitCode.COMPLETE
+
+
+def test_a_truncated_tar_keeps_what_was_whole(tmp_path: Path):
+    (path,) = digits_tars(tmp_path / "shards", 1, 40)
+    size = path.stat().st_size
+    os.truncate(path, size // 2)
+    report = pipeline.run(digits_config(path, tmp_path / "labels"))
+    assert report.exit_code == ExitCode.COMPLETE
+    (error,) = rows(tmp_path / "labels", errors=True).to_pylist()
+    table = rows(tmp_path / "labels")
+    assert 15 <= table.num_rows <= 30
+    assert (error["stage"], error["error"], error["index"], error["key"]) == (
+        "read",
+        "truncated_shard",
+        table.num_rows,
+        None,
+    )
+    assert_exactly_once(tmp_path / "labels", table.num_rows + 1)
+
+
+def test_loose_files_and_parquet_give_the_rows_of_the_tars(first: Path, tmp_path: Path):
+    digits = load_digits_images()
+    folder = tmp_path / "files"
+    (folder / "sub").mkdir(parents=True)
+    images = []
+    for number in range(50):
+        png = BROKEN if number == 7 else encode_png(digits.images[number])
+        images.append({"bytes": png, "path": digits.keys[number]})
+        (folder / ("sub" if number % 2 else ".") / f"{digits.keys[number]}.png").write_bytes(png)
+    pq.write_table(pa.table({"image": images, "id": list(range(50))}), tmp_path / "photos.parquet")
+    (tmp_path / "urls.txt").write_text(f"# both\n{folder}\n{tmp_path}/photos.parquet\n")
+    config = digits_config(tmp_path / "urls.txt", tmp_path / "labels", input={"group_size": 10})
+    report = pipeline.run(config)
+    assert report.shards_committed > 3
+    assert_exactly_once(tmp_path / "labels", 100)
+    expected = {r["key"]: r for r in rows(first / "labels").to_pylist() if r["shard"].endswith("digits-000.tar")}
+    for row in rows(tmp_path / "labels").to_pylist():
+        key = Path(row["key"]).stem
+        assert row["score"] == expected[key]["score"]
+        assert row["embedding"] == expected[key]["embedding"]
+
+
+def test_images_of_their_own_sizes_are_predicted_by_size(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    members = []
+    for number in range(40):
+        buffer = io.BytesIO()
+        size = [(32, 32), (40, 32), (32, 48)][number % 3]
+        Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), np.uint8)).save(buffer, "PNG")
+        members.append((f"{number:02}.png", buffer.getvalue()))
+    write_tar(tmp_path / "mixed.tar", members)
+    transform = {"resize": None, "crop": None, "mean": [0.5] * 3, "std": [0.5] * 3}
+    config = digits_config(tmp_path / "mixed.tar", tmp_path / "labels", model={"transform": transform})
+    pipeline.run(config)
+    table = rows(tmp_path / "labels")
+    assert list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))[:3] == [
+        (32, 32),
+        (40, 32),
+        (32, 48),
+    ]
+    alone = pipeline.predict([data for _, data in members], config)
+    assert table["class_id"].to_pylist() == alone["class_id"].to_pylist()
+
+
+def test_one_tar_is_decoded_on_all_cores_and_never_in_the_actor(tmp_path: Path, first: Path):
+    """With fewer shards than cores decoding is a stage of its own; in no case is it fused into the predictor."""
+    from pipeline import flow
+    from pipeline.cluster import Cluster
+    from pipeline.config import make_config
+    from pipeline.model.spec import make_spec
+    from pipeline.planning import Task, make_plan
+
+    config = make_config(digits_config(first / "shards", tmp_path / "labels"))
+    cluster = Cluster(num_nodes=1, num_cpus=2, num_gpus=0)
+    job = flow.prepare(config, make_spec(config), cluster)
+    tasks: list[Task] = make_plan(config).tasks
+    many = flow.pieces(tasks, job, cluster).materialize().stats()
+    one = flow.pieces(tasks[:1], job, cluster).materialize().stats()
+    for stats, stages in ((many, 2), (one, 3)):
+        names = [line for line in stats.splitlines() if line.startswith("Operator ")]
+        assert len(names) == stages, stats
+        assert "ResNetPredictor" in names[-1]
+        assert "->" not in names[-1], "decoding is fused into the predictor"

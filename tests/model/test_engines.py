@@ -1,0 +1,347 @@
+"""Engines against plain torch: right numbers, rows that depend on their pixels alone, and what a node can't offer."""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision.models import resnet18
+
+from pipeline.errors import ConfigError
+from pipeline.model.engines import Engine, choose_engine, load_engine
+from pipeline.model.spec import make_spec
+from pipeline.model.zoo import resolve
+from tests.model.helpers import (
+    NUM_CLASSES,
+    SIZE,
+    discriminating_state,
+    make_job,
+    normalised,
+    output_of,
+    photographs,
+    python,
+)
+
+BATCH_SIZE = 16
+ENGINES = ["eager", "compile", "openvino"]
+
+Load = Callable[..., Engine]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
+    """`load("eager", precision=…, batch_size=…, crop=…)`: that engine with the network that discriminates, once."""
+    path = tmp_path_factory.mktemp("weights") / "net.pth"
+    torch.save(discriminating_state(), path)
+
+    @functools.cache
+    def load(name: str, precision: str = "float32", batch_size: int = BATCH_SIZE, crop: int | None = SIZE) -> Engine:
+        transform = {"resize": crop, "crop": crop}
+        spec = make_spec(make_job(name="resnet18", weights=str(path), precision=precision, transform=transform))
+        return load_engine(name, spec, resolve(spec), "cpu", batch_size, threads=2)
+
+    return load
+
+
+@functools.cache
+def reference() -> tuple[np.ndarray, np.ndarray]:
+    """Logits and embeddings of all photographs by plain torchvision: fp32, eager, contiguous."""
+    network = resnet18(num_classes=NUM_CLASSES)
+    network.load_state_dict(discriminating_state())
+    pooled: list[torch.Tensor] = []
+    network.avgpool.register_forward_hook(lambda module, args, output: pooled.append(output.flatten(1)))
+    with torch.inference_mode():
+        logits = network.eval()(normalised(photographs()))
+    return logits.numpy(), pooled[0].numpy()
+
+
+def run(engine: Engine, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    results = [engine(pixels[start : start + BATCH_SIZE]) for start in range(0, len(pixels), BATCH_SIZE)]
+    return np.concatenate([logits for logits, _ in results]), np.concatenate([rows for _, rows in results])
+
+
+def centred(embeddings: np.ndarray) -> np.ndarray:
+    """Unit vectors after subtracting the reference's mean: raw cosines are near 1 even between different images."""
+    vectors = embeddings - reference()[1].mean(axis=0)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def agreement(engine: Engine) -> tuple[float, float]:
+    """Share of equal top-1 classes, and the lowest centred cosine between an embedding and the reference's."""
+    logits, embeddings = run(engine, photographs())
+    top1 = (logits.argmax(axis=1) == reference()[0].argmax(axis=1)).mean()
+    return float(top1), float((centred(embeddings) * centred(reference()[1])).sum(axis=1).min())
+
+
+def test_the_reference_tells_photographs_apart():
+    """Otherwise the agreement below would show nothing."""
+    logits, embeddings = reference()
+    assert len(np.unique(logits.argmax(axis=1))) >= 15
+    cosines = (centred(embeddings) @ centred(embeddings).T)[~np.eye(len(embeddings), dtype=bool)]
+    assert np.median(cosines) < 0.2
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_numbers_are_the_references(load: Load, name: str):
+    top1, cosine = agreement(load(name))
+    assert top1 == 1.0
+    assert cosine >= 0.99999
+
+
+@pytest.mark.parametrize(("name", "precision"), [("eager", "bfloat16"), ("eager", "float16"), ("openvino", "bfloat16")])
+def test_a_lower_precision_is_applied_and_close(load: Load, name: str, precision: str):
+    try:
+        engine = load(name, precision)
+    except ConfigError as error:
+        assert "this CPU computes in f32" in str(error)  # noqa: PT017 - the machine decides, not the code
+        pytest.skip(str(error))
+    top1, cosine = agreement(engine)
+    assert top1 >= 0.9
+    assert 0.99 <= cosine < 0.999999
+
+
+CASES = [(name, "float32", BATCH_SIZE) for name in ENGINES]
+CASES += [(name, "float32", size) for name in ("eager", "openvino") for size in (1, 5, 11)]
+CASES += [("eager", "bfloat16", 7), ("openvino", "bfloat16", 7)]
+
+
+@pytest.mark.parametrize(("name", "precision", "batch_size"), CASES)
+def test_a_row_does_not_depend_on_its_neighbours_or_its_place(load: Load, name: str, precision: str, batch_size: int):
+    try:
+        engine = load(name, precision, batch_size)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    pixels, others = photographs()[:batch_size], photographs()[-batch_size:]
+    expected = engine(pixels)
+    assert [rows.dtype for rows in expected] == [np.float32, np.float32]
+    places = np.arange(batch_size)
+    for shift, neighbours, kept in (
+        (1, others, places >= 0),  # only moved
+        (batch_size // 2, others, places % 2 == 0),
+        (3, np.zeros_like(others), places % 2 == 1),
+        (batch_size - 1, others, places == batch_size - 1),
+    ):
+        moved = np.roll(places, shift)
+        batch = np.where(kept[:, None, None, None], pixels[moved], neighbours)
+        for found, rows in zip(engine(batch), expected, strict=True):
+            assert found[kept].tobytes() == rows[moved][kept].tobytes()
+
+
+@pytest.mark.parametrize("name", ["eager", "openvino", pytest.param("compile", marks=pytest.mark.slow)])
+def test_without_a_size_every_size_is_taken(load: Load, name: str):
+    engine, plain = load(name, batch_size=8, crop=None), load("eager", batch_size=8)
+    first: list[bytes] = []
+    for height, width in ((SIZE, SIZE), (96, 64), (64, 96), (SIZE, SIZE)):
+        pixels = np.ascontiguousarray(photographs()[:8, :height, :width])
+        for found, expected in zip(engine(pixels), plain(pixels), strict=True):
+            np.testing.assert_allclose(found, expected, atol=2e-3)
+        first.append(engine(pixels)[1].tobytes())
+    assert first[0] == first[3]
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_pixels_may_be_read_only_and_results_are_the_callers(load: Load, name: str):
+    engine = load(name)
+    pixels = photographs()[:BATCH_SIZE].copy()
+    pixels.flags.writeable = False
+    results = engine(pixels)
+    before = [rows.copy() for rows in results]
+    engine(photographs()[-BATCH_SIZE:].copy())
+    for rows, earlier in zip(results, before, strict=True):
+        assert np.array_equal(rows, earlier)
+
+
+def test_eager_uses_the_threads_that_it_is_given(load: Load):
+    load("eager", batch_size=4)
+    assert torch.get_num_threads() == 2
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+# OpenVINO: converted once per node, loaded without torch.
+
+LOAD = """
+import hashlib, json, sys
+import numpy as np
+from pipeline.config import make_config
+from pipeline.model.engines import load_engine
+from pipeline.model.spec import ModelInfo, make_spec
+spec = make_spec(make_config(json.loads(sys.argv[1])))
+engine = load_engine("openvino", spec, ModelInfo(40, None, spec.transform, 512), "cpu", 4, 2)
+logits, embeddings = engine(np.load(sys.argv[2]))
+print(hashlib.sha256(logits.tobytes() + embeddings.tobytes()).hexdigest(), "torch" in sys.modules)
+"""
+
+
+@pytest.fixture
+def arguments(checkpoint: Path, tmp_path: Path) -> tuple[str, Path]:
+    """What LOAD takes: the config as JSON, and four photographs."""
+    np.save(tmp_path / "pixels.npy", photographs()[:4])
+    transform = {"resize": SIZE, "crop": SIZE}
+    return make_job(
+        name="resnet18", weights=str(checkpoint), transform=transform
+    ).model_dump_json(), tmp_path / "pixels.npy"
+
+
+def test_two_actors_convert_once_and_the_other_never_imports_torch(arguments, cache: Path):
+    both = [output_of(process).split() for process in [python(LOAD, *arguments) for _ in range(2)]]
+    assert sorted(torch_imported for _, torch_imported in both) == ["False", "True"]
+    assert both[0][0] == both[1][0]
+    assert len(list((cache / "openvino").iterdir())) == 1
+    assert (next((cache / "openvino").iterdir()) / "network.bin").stat().st_size > 40e6  # fp32, not rounded to fp16
+
+
+def test_a_conversion_that_was_killed_is_not_used(arguments, cache: Path):
+    process = python(LOAD, *arguments)
+    deadline = time.monotonic() + 60
+    while not list(cache.glob("openvino/.tmp-*")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert [path.name for path in (cache / "openvino").iterdir() if not path.name.startswith(".tmp-")] == []
+    assert output_of(python(LOAD, *arguments)).endswith("True")
+
+
+CUSTOM = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+    def forward(self, x):
+        pooled = x.mean((2, 3))
+        {}
+        return self.fc(pooled)
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("pooled = pooled * 2 if x.sum() > 0 else pooled", "openvino does not compute what torch does with .* net:Net"),
+        ("pooled = torch.special.bessel_j0(pooled)", "openvino can't convert the network net:Net: .*bessel_j0"),
+    ],
+)
+def test_networks_that_do_not_survive_conversion_are_refused(tmp_path: Path, line: str, message: str):
+    (tmp_path / "net.py").write_text(CUSTOM.format(line))
+    transform = {"resize": None, "crop": 32}
+    spec = make_spec(make_job(name="net:Net", weights="random", transform=transform, directory=tmp_path))
+    info = resolve(spec)
+    with pytest.raises(ConfigError, match=message):
+        load_engine("openvino", spec, info, "cpu", 4)
+    assert load_engine("eager", spec, info, "cpu", 4)(photographs()[:4, :32, :32])[0].shape == (4, 5)
+
+
+def test_a_custom_network_that_takes_one_size_is_converted(tmp_path: Path):
+    text = (
+        "from torch import nn\n"
+        "def build():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.AvgPool2d(32), nn.Flatten(), nn.Linear(4, 5))\n"
+    )
+    (tmp_path / "net.py").write_text(text)
+    transform = {"resize": None, "crop": None}
+    spec = make_spec(make_job(name="net:build", weights="random", transform=transform, directory=tmp_path))
+    engines = [load_engine(name, spec, resolve(spec), "cpu", 4) for name in ("eager", "openvino")]
+    results = [engine(np.ascontiguousarray(photographs()[:4, :32, :32])) for engine in engines]
+    np.testing.assert_allclose(results[0][0], results[1][0], atol=1e-5)
+
+
+# What a node offers.
+
+
+def test_noop_returns_zeros_and_imports_no_torch():
+    code = """
+import json, sys
+import numpy as np
+from pipeline.config import make_config
+from pipeline.model.engines import load_engine
+from pipeline.model.spec import make_spec
+from pipeline.model.zoo import resolve
+spec = make_spec(make_config(json.loads(sys.argv[1])))
+logits, embeddings = load_engine("noop", spec, resolve(spec), "cpu", 3)(np.ones((3, 8, 8, 3), np.uint8))
+print(logits.shape, embeddings.shape, logits.dtype, logits.any() or embeddings.any(), "torch" in sys.modules)
+"""
+    config = json.dumps(make_job(engine="noop").model_dump())
+    assert output_of(python(code, config)) == "(3, 1000) (3, 2048) float32 False False"
+
+
+def test_a_noop_spec_never_reaches_a_real_engine():
+    spec = make_spec(make_job(engine="noop"))
+    with pytest.raises(ConfigError, match=r"specified for the engine noop"):
+        load_engine("eager", spec, resolve(spec), "cpu", 4)
+
+
+@pytest.mark.parametrize(
+    ("requested", "device", "precision", "chosen"),
+    [
+        ("auto", "cpu", "float32", "openvino"),
+        ("auto", "cpu", "bfloat16", "openvino"),
+        ("auto", "cpu", "float16", "eager"),
+        ("auto", "cuda", "float32", "eager"),
+        ("compile", "cuda", "float16", "compile"),
+        ("noop", "cuda", "float32", "noop"),
+    ],
+)
+def test_the_engine_that_is_chosen(requested, device, precision, chosen):
+    assert choose_engine(requested, device, precision) == chosen
+
+
+@pytest.mark.parametrize(
+    ("requested", "device", "precision", "message"),
+    [
+        ("auto", "cpu", "int8", "int8 is not supported yet"),
+        ("openvino", "cuda", "float32", "openvino runs on CPUs here"),
+        ("openvino", "cpu", "float16", "float32 or bfloat16"),
+    ],
+)
+def test_engines_that_cannot_be(requested, device, precision, message):
+    with pytest.raises(ConfigError, match=message):
+        choose_engine(requested, device, precision)
+
+
+def test_without_openvino_auto_is_eager(monkeypatch):
+    monkeypatch.delitem(sys.modules, "openvino", raising=False)
+    monkeypatch.setattr(sys, "path", [])
+    assert choose_engine("auto", "cpu", "float32") == "eager"
+
+
+def test_without_openvino_asking_for_it_is_an_error(arguments):
+    hide = """
+import importlib.abc, sys
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "openvino":
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Hide())
+"""
+    process = python(hide + LOAD, *arguments)
+    assert (
+        "ConfigError: runtime.engine: openvino is not installed on this node: pip install" in process.communicate()[1]
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_missing_gpu_is_an_error():
+    spec = make_spec(make_job(name="resnet18", weights="random"))
+    with pytest.raises(ConfigError, match=r"there is no CUDA device here"):
+        load_engine("eager", spec, resolve(spec), "cuda", 4)
+
+
+def test_a_node_without_compiler_says_so(arguments):
+    code = LOAD.replace('"openvino"', '"compile"')
+    process = python(code, *arguments, CXX="/nonexistent/c++", TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "ConfigError: runtime.engine: compile does not work here with resnet18" in stderr
+    assert "Use runtime.engine=eager" in stderr

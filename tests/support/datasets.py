@@ -1,0 +1,59 @@
+"""Small real datasets without Ray: the same steps as a run takes, one after the other in this process."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.config import JobConfig, make_config
+from pipeline.inputs.shards import current_fingerprint, discover
+from pipeline.inputs.stream import pixel_blocks, read_rows
+from pipeline.model.predictor import PredictorSettings, ResNetPredictor
+from pipeline.model.spec import make_spec
+from pipeline.model.zoo import resolve
+from pipeline.outputs.commit import CommitContext, CommitTask, commit_shard
+from pipeline.outputs.dataset import Dataset, make_identity
+from pipeline.report import RunReport, public_config
+from pipeline.rows import Columns, Kind
+from pipeline.storage import Store
+
+
+def commit_all(config: Mapping[str, Any] | JobConfig, run_id: str | None = None) -> Dataset:
+    """Commit every shard of a job's input, and leave the report of that run."""
+    job = config if isinstance(config, JobConfig) else make_config(config)
+    store = Store(job.input_storage)
+    dataset = Dataset(job.output.url, Store(job.output_storage))
+    spec = make_spec(job)
+    info = resolve(spec)
+    output = job.output
+    columns = Columns(output.predictions, output.embeddings, output.embedding_dtype, info.embedding_dim)
+    predictor = ResNetPredictor(spec, info, PredictorSettings("eager", "cpu", 16, output.top_k, columns))
+    identity = make_identity(
+        spec.identity, spec.fingerprint, list(info.classes) if info.classes is not None else None, info.num_classes
+    )
+    dataset.claim_identity(identity)
+    report = RunReport(run_id or f"20260101T000000Z-{uuid.uuid4().hex[:8]}", job.output.url, config=public_config(job))
+    for number, shard in enumerate(discover(job.input, store)):
+        rows = list(read_rows(number, shard, job.input, store))
+        pieces: list[pa.Table] = [predictor(b) for b in pixel_blocks(rows, spec.transform, job.input, 16)]
+        end = next(row.index for row in rows if row.kind is Kind.END)
+        task = CommitTask(number, shard.url, shard.id, shard.fingerprint, end, tuple(pieces))
+        committed = commit_shard(
+            task, CommitContext(dataset, identity, columns, "eager"), lambda piece: piece,
+            lambda shard=shard: current_fingerprint(shard, store),
+        )  # fmt: skip
+        report.shards_committed += 1
+        report.predicted += committed.predicted
+        report.errors += committed.errors
+    report.message = f"{report.shards_committed} shards committed"
+    dataset.store.put(dataset.path("_runs", report.run_id, "report.json"), report.to_json().encode())
+    return dataset
+
+
+def part_of(dataset: Dataset, number: int = 0) -> Path:
+    """The file of the n-th part, in order of their names."""
+    return sorted(Path(dataset.url, "data").glob("*.parquet"))[number]
