@@ -198,7 +198,7 @@ class _Temporary:
         else:
             self._file.write(data)
         self._file.flush()
-        # The kernel's own stamp moves in steps of milliseconds: two contents of one size could share a version.
+        # Before Linux 6.13 its own stamps move in steps of milliseconds: contents of one size could share a version.
         now = time.time_ns()
         os.utime(self._file.fileno(), ns=(now, now))
         os.fsync(self._file.fileno())

@@ -165,7 +165,7 @@ class _Source(Datasource):
     """Read tasks over runs of consecutive shards."""
 
     def __init__(self, tasks: Sequence[Task], job: Job, cluster: Cluster) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._job = job
         self.chunks = _chunks(tasks, 4 * cluster.num_cpus)
 

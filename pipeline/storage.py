@@ -94,11 +94,8 @@ class Store:
 
     def infos(self, urls: list[str]) -> list[FileInfo]:
         """`info` of many files, 16 at a time."""
-        pool = ThreadPoolExecutor(AT_ONCE)
-        try:
-            return list(pool.map(self.info, urls))
-        finally:
-            pool.shutdown(cancel_futures=True)  # where one fails, the others would wait for their deadlines
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(self.info, urls))  # which cancels the others when one fails
 
     def open(self, url: str, version: str | None = None, read_ahead: bool = True) -> BinaryIO:
         """A seekable stream. With `version`, SourceChanged unless the file still is that version.

@@ -104,7 +104,9 @@ def test_reading_goes_on_where_it_failed(line: Relay, kind: str, monkeypatch: py
 def test_a_write_without_an_answer_is_tried_again(line: Relay) -> None:
     store = store_behind(line)
     line.spoil("PUT", "hang")
+    began = time.monotonic()
     version = store.put("s3://labels/x", b"content")
+    assert time.monotonic() - began < 10, "long before the deadline of two minutes"
     assert (store.read("s3://labels/x"), store.info("s3://labels/x").version) == (b"content", version)
 
 

@@ -10,13 +10,15 @@ from typing import Any
 from PIL import Image
 from rich.console import Console
 
-from pipeline import api
 from pipeline.config import JobConfig, make_config
 from pipeline.errors import WeightsError
 from pipeline.examples.digits import encode_png, load_digits_images, write_shards
 from pipeline.examples.grid import GridSample, save_grid
 from pipeline.examples.photos import load_photos, write_photo_shards
+from pipeline.outputs.dataset import Dataset, read_table
 from pipeline.report import RunReport
+from pipeline.running import run
+from pipeline.storage import Store
 
 DOUBTFUL = 8  # of the pictures in the grid are the least sure ones
 PICTURES = 40
@@ -49,8 +51,8 @@ def _digits(folder: Path) -> RunReport:
     digits = load_digits_images()
     shards = write_shards(folder / "shards")
     say(f"[bold]{len(digits.keys):,}[/] handwritten digits in {len(shards)} tar shards: {folder}/shards")
-    report = api.run(digits_config(folder))
-    rows = {row["key"]: row for row in api.read(f"{folder}/labels", ["key", "label", "score"]).to_pylist()}
+    report = run(digits_config(folder))
+    rows = _rows(f"{folder}/labels")
     held_out = [n for n in range(len(digits.keys)) if digits.held_out[n]]
     samples = [_digit(digits, n, rows[digits.keys[n]]) for n in held_out]
     right = sum(not sample.is_wrong for sample in samples)
@@ -78,19 +80,24 @@ def _photos(folder: Path) -> RunReport:
         }
     )
     try:
-        report = api.run(config)
+        report = run(config)
     except WeightsError as cause:
         raise WeightsError(
             f"the pretrained demo downloads ImageNet weights, and this network does not let it: {cause}"
         ) from cause
     _say_run(report)
-    rows = {row["key"]: row for row in api.read(output, ["key", "label", "score"]).to_pylist()}
+    rows = _rows(output)
     photos = {name.rpartition(".")[0]: data for name, data in load_photos()}
     picture = folder / "photos.png"
     samples = [GridSample(_thumbnail(photos[key]), row["label"], row["score"]) for key, row in sorted(rows.items())]
     save_grid(picture, samples, columns=4, tile=200)
     _say_where(Path(output), picture)
     return report
+
+
+def _rows(output: str) -> dict[str, dict[str, Any]]:
+    table = read_table(Dataset(output, Store()), "data", ["key", "label", "score"])
+    return {row["key"]: row for row in table.to_pylist()}
 
 
 def _thumbnail(data: bytes) -> bytes:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import Input
 from pipeline.errors import NotFound, Reject, SourceChanged, clean
-from pipeline.inputs.shards import IMAGE_SUFFIXES, Shard, relative
+from pipeline.inputs.shards import IMAGE_SUFFIXES, Shard, printable, relative
 from pipeline.storage import FileInfo, Store, is_local
 
 MAX_IMAGE_BYTES = 512 * 2**20  # a larger member, value or file is no photograph
@@ -68,11 +68,6 @@ def read(shard: Shard, config: Input, store: Store) -> Iterator[Sample]:
                 yield Sample(index, name, content)
     except NotFound as gone:
         raise SourceChanged(f"{shard.url} has gone since it was listed: {gone}") from gone
-
-
-def printable(text: str) -> str:
-    """Names that are not UTF-8 carry surrogates, which no Arrow string can hold: as `\\udcff` they can stay."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _broken(error: str, message: str) -> Reject:

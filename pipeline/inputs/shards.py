@@ -64,14 +64,25 @@ def discover(config: Input, store: Store) -> list[Shard]:
     """All shards that the input's URLs list now, each once, sorted by id: the order of URLs and listings is nothing.
 
     Raises ConfigError for a URL under which there is nothing to read (unless `allow_empty`), for a file that is
-    named and cannot be told how to read, and for two shards whose ids collide.
+    named and cannot be told how to read, for a shard whose URL no dataset can hold, and for two whose ids collide.
     """
     by_id: dict[str, Shard] = {}
     for shard in _discover(config, store):
+        if not is_printable(shard.url):
+            raise ConfigError(f"input.url: {printable(shard.url)} has a name that is not UTF-8. Rename it.")
         other = by_id.setdefault(shard.id, shard)
         if other is not shard:
             raise ConfigError(f"input.url: {shard.url} and {other.url} have the same id {shard.id}. Rename one.")
     return [by_id[name] for name in sorted(by_id)]
+
+
+def printable(text: str) -> str:
+    """Names that are not UTF-8 carry surrogates, which no Arrow string can hold: as `\\udcff` they can stay."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def is_printable(text: str) -> bool:
+    return printable(text) == text
 
 
 def current_fingerprint(shard: Shard, store: Store) -> str:
@@ -226,6 +237,8 @@ def relative(root: str, url: str) -> str:
 
 
 def _begins_group(path: str, group_size: int) -> bool:
+    if not is_printable(path):
+        return False  # no dataset can hold it as a part of the group's name
     return int(hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:16], 16) % group_size == 0
 
 

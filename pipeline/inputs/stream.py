@@ -11,8 +11,8 @@ import pyarrow as pa
 from pipeline.config import Input, Transform
 from pipeline.errors import PipelineError, Reject
 from pipeline.inputs.images import Pixels, decode
-from pipeline.inputs.readers import printable, read
-from pipeline.inputs.shards import Shard
+from pipeline.inputs.readers import read
+from pipeline.inputs.shards import Shard, printable
 from pipeline.rows import PIXELS, SAMPLES, Kind, Row, identity_and_verdict
 from pipeline.storage import Store
 
@@ -37,14 +37,14 @@ def read_rows(number: int, shard: Shard, config: Input, store: Store) -> Iterato
                 yield Row(number, Kind.ERROR, sample.index, sample.key, reject=sample.reject)
             count += 1
     except PipelineError as error:
-        log.warning("shard %s stays open: %s", printable(shard.url), error)
+        log.warning("shard %s stays open: %s", shard.url, error)
         yield _abandoned(number, error)
     except Exception as error:  # one shard must not keep the others from being done
-        log.exception("shard %s stays open", printable(shard.url))
+        log.exception("shard %s stays open", shard.url)
         yield _abandoned(number, error)
     else:
         if count == 0:
-            log.warning("shard %s holds no images", printable(shard.url))
+            log.warning("shard %s holds no images", shard.url)
         yield Row(number, Kind.END, count)
 
 

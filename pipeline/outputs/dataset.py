@@ -32,6 +32,7 @@ IDENTITY = "_dataset.json"
 CARD = "README.md"
 READ_ATTEMPTS = 5
 UNKNOWN = "unknown"  # the owner of files that are not ours
+NOT_OURS = (ValueError, KeyError, TypeError)  # what json and pyarrow say of files that others have put there
 
 Identity = dict[str, Any]
 
@@ -85,10 +86,10 @@ class Dataset:
         """The URL of a shard that stands, from a mark of it, or where a commit died after deleting that, from a footer.
         None for files that are not ours, or gone since they were listed."""
         for mark in standing.marks:
-            with suppress(NotFound, ValueError, KeyError):
+            with suppress(NotFound, *NOT_OURS):
                 return str(self.read_mark(mark)["shard"])
         for folder in ("data", "errors"):
-            with suppress(NotFound, ValueError, KeyError):  # ArrowInvalid is a ValueError
+            with suppress(NotFound, *NOT_OURS):
                 return self.read_footer(folder, shard_id).shard
         return None
 
@@ -119,7 +120,7 @@ class Dataset:
         for folder in ("_ledger", "data"):
             for name in self.names_and_versions(folder):
                 is_empty = False
-                with suppress(NotFound, ValueError, KeyError):
+                with suppress(NotFound, *NOT_OURS):
                     return self._model_in(folder, name)
         return None if is_empty else UNKNOWN
 

@@ -186,7 +186,7 @@ class Identify:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Answer: the fingerprint of the model that the marks are of, or without marks the parts; None if nothing stands."""
+    """Answer: the fingerprint of the model that the marks are of, or without them the parts; None if nothing stands."""
 
 
 @dataclass(frozen=True, slots=True)

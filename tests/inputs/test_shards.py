@@ -245,15 +245,31 @@ def test_the_outermost_of_nested_roots_names_a_file(tmp_path: Path) -> None:
     assert paths(shards) == ["a.jpg", "b.jpg", "deep/c.jpg"]
 
 
-@pytest.mark.parametrize(
-    "name", ["#1.jpg", "a#b/c.jpg", "fünf 5.jpg", "日本/猫.jpg", "a\nb.jpg", os.fsdecode(b"\xff.jpg")]
-)
+@pytest.mark.parametrize("name", ["#1.jpg", "a#b/c.jpg", "fünf 5.jpg", "日本/猫.jpg", "a\nb.jpg"])
 def test_odd_names_begin_groups_as_well(tmp_path: Path, name: str) -> None:
     touch(tmp_path, name, "zzz.jpg")
     shards = found(tmp_path, group_size=1)
     assert {shard.url for shard in shards} == {f"file://{tmp_path}#{name}", f"file://{tmp_path}#zzz.jpg"}
     assert paths(shards) == sorted([name, "zzz.jpg"])
     assert all(current_fingerprint(shard, Store()) == shard.fingerprint for shard in shards)
+
+
+NO_UTF8 = os.fsdecode(b"caf\xe9")
+
+
+def test_images_whose_names_are_not_utf8_never_begin_a_group(tmp_path: Path) -> None:
+    touch(tmp_path, f"{NO_UTF8}.jpg", "a.jpg", f"{NO_UTF8}/1.jpg", "z.jpg")
+    shards = found(tmp_path, group_size=1)
+    assert {shard.url for shard in shards} == {f"file://{tmp_path}#a.jpg", f"file://{tmp_path}#z.jpg"}
+    assert len(paths(shards)) == 4
+    assert all(current_fingerprint(shard, Store()) == shard.fingerprint for shard in shards)
+
+
+@pytest.mark.parametrize("url", [f"{NO_UTF8}.tar", f"{NO_UTF8}/", ""])
+def test_shards_whose_names_are_not_utf8_are_refused(tmp_path: Path, url: str) -> None:
+    touch(tmp_path, f"{NO_UTF8}.tar", f"{NO_UTF8}/1.jpg")
+    with pytest.raises(ConfigError, match=r"caf\\udce9.* is not UTF-8\. Rename"):
+        found(tmp_path / url)
 
 
 def test_names_below_a_root_keep_slashes_of_their_own() -> None:

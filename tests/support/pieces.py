@@ -96,12 +96,13 @@ def commit(
     fingerprint: str = "1" * 16,
     current: Callable[[], str] | None = None,
     retires: tuple[str, ...] = (),
+    identity: Identity = IDENTITY,
 ) -> Committed:
     """Commit shard `number`, `/in/<number>.tar`, from tables; `current` looks up the source's fingerprint."""
     task = CommitTask(
         number, f"file:///in/{number}.tar", shard_id(number), fingerprint, num_rows, tuple(range(len(pieces))), retires
     )
-    context = CommitContext(dataset, IDENTITY, columns, "eager")
+    context = CommitContext(dataset, identity, columns, "eager")
     return commit_shard(task, context, pieces.__getitem__, current or (lambda: fingerprint))
 
 
