@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.config import JobConfig, make_config
 from pipeline.inputs.shards import current_fingerprint, discover
@@ -17,6 +20,8 @@ from pipeline.model.spec import make_spec
 from pipeline.model.zoo import resolve
 from pipeline.outputs.commit import CommitContext, CommitTask, commit_shard
 from pipeline.outputs.dataset import Dataset, make_identity
+from pipeline.outputs.ledger import Mark, commit_hash
+from pipeline.outputs.schema import Footer, write_parquet
 from pipeline.report import RunReport, public_config
 from pipeline.rows import Columns, Kind
 from pipeline.storage import Store
@@ -57,3 +62,22 @@ def commit_all(config: Mapping[str, Any] | JobConfig, run_id: str | None = None)
 def part_of(dataset: Dataset, number: int = 0) -> Path:
     """The file of the n-th part, in order of their names."""
     return sorted(Path(dataset.url, "data").glob("*.parquet"))[number]
+
+
+def rewrite(path: Path, change: Callable[[pa.Table], pa.Table] = lambda rows: rows, **footer: Any) -> None:
+    """Replace a part by other rows, or by ones that say something else of themselves."""
+    table = pq.read_table(path)
+    said = replace(Footer.of(table.schema), **footer)
+    changed = change(table.replace_schema_metadata())
+    write_parquet(path, changed.schema, [changed], said)
+
+
+def vouch(dataset: Dataset, shard_id: str) -> None:
+    """Make a mark that vouches for what stands there now and repeats its footer, as a commit would leave it."""
+    standing = dataset.standing_of(shard_id)
+    assert standing.part is not None
+    for mark in standing.marks:
+        Path(dataset.path("_ledger", mark.name)).unlink()
+    footer = Footer.of(pq.read_schema(dataset.path("data", f"{shard_id}.parquet")))
+    mark = Mark(shard_id, footer.shard_fingerprint, commit_hash(standing.part, standing.errors))
+    Path(dataset.path("_ledger", mark.name)).write_text(json.dumps(footer.body()))

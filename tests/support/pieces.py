@@ -63,7 +63,7 @@ def _predictions(value: np.ndarray, failed: np.ndarray) -> dict[str, pa.Array]:
     return {
         "class_id": pa.array((value % 2).astype(np.int32), mask=failed),
         "label": pa.array(labels, pa.string()),
-        "score": pa.array((value % 100 / 100).astype(np.float32), mask=failed),
+        "score": pa.array((1 - value % 100 / 100).astype(np.float32), mask=failed),
         "top_k": pa.array(top, BOTH.results()[3].type),
     }
 
