@@ -328,5 +328,4 @@ def _in_order(members: tuple[FileInfo, ...], store: Store) -> Iterator[tuple[Fil
 def _read_file(member: FileInfo, store: Store) -> Content:
     if member.size > MAX_IMAGE_BYTES:
         return _too_large(member.size)
-    with store.open(member.url, member.version, read_ahead=False) as file:
-        return file.read()
+    return store.read(member.url, member.version)

@@ -1,0 +1,51 @@
+"""What a second run asks of the store, counted on the line between them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from tests.support.jobs import digits_config, digits_tars
+from tests.support.relay import relay
+from tests.support.s3 import s3_server, without_aws
+
+
+def test_finished_shards_are_not_opened(tmp_path: Path):
+    paths = digits_tars(tmp_path / "shards", 6, 20)
+    with s3_server() as s3, relay(s3.endpoint_url) as line:
+        client = s3.client(s3.owner)
+
+        def upload(path: Path) -> None:
+            client.put_object(Bucket="raw", Key=f"digits/{path.name}", Body=path.read_bytes())
+
+        def run() -> set[tuple[str, str]]:
+            """Run in a process of its own; method and path of what it asked, input shards only."""
+            line.asked.clear()
+            command = [sys.executable, "-m", "pipeline", "run", str(tmp_path / "job.yaml")]
+            environment = without_aws(os.environ) | s3.environment(s3.job)
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+            asked = (request.split(" ")[:2] for request in line.asked)
+            return {(method, path) for method, path in asked if path.endswith(".tar")}
+
+        config = digits_config("s3://raw/digits/*.tar", "s3://labels/out", storage={"endpoint_url": line.url})
+        (tmp_path / "job.yaml").write_text(yaml.safe_dump(config))
+        for path in paths[:4]:
+            upload(path)
+        assert {path for method, path in run() if method == "GET"} == {f"/raw/digits/{p.name}" for p in paths[:4]}
+
+        upload(paths[4])
+        paths[1].write_bytes(paths[5].read_bytes())
+        upload(paths[1])
+        expected = {f"/raw/digits/{paths[4].name}", f"/raw/digits/{paths[1].name}"}
+        assert {path for _, path in run()} == expected, "finished shards are neither opened nor looked up"
+
+        assert run() == set()
+        methods = {request.split(" ")[0] for request in line.asked}
+        assert "GET" in methods
+        assert not any(".parquet" in request for request in line.asked), "nor is a part"
+        assert len(line.asked) <= 12, line.asked
