@@ -19,7 +19,10 @@ def pack(photographs: Path, folder: Path, shards: int, per_shard: int) -> list[P
     numbered = enumerate(cycle(files))
     paths = []
     for shard in range(shards):
-        members = [(f"{number:06}{path.suffix}", path.read_bytes()) for number, path in islice(numbered, per_shard)]
+        members = [
+            (f"{number:06}{path.suffix.lower().replace('.jpeg', '.jpg')}", path.read_bytes())
+            for number, path in islice(numbered, per_shard)
+        ]
         paths.append(folder / f"photographs-{shard:03}.tar")
         write_tar(paths[-1], members)
     return paths

@@ -14,9 +14,9 @@ from pipeline.errors import ConfigError
 from pipeline.storage import Store
 
 if TYPE_CHECKING:
+    from pipeline.overview import Status
     from pipeline.planning import Plan
     from pipeline.report import RunReport
-    from pipeline.status import Status
     from pipeline.verification import Verification
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def plan(config: Config) -> Plan:
 
 def status(url: str, config: Config | None = None) -> Status:
     """What the dataset at `url` is, how much it holds, and its last runs. A config is needed for storage options."""
-    from pipeline.status import read_status
+    from pipeline.overview import read_status
 
     return read_status(url, _store(config))
 

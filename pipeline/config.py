@@ -260,7 +260,7 @@ def _value(text: str) -> Any:
     is_yaml = text.startswith(("[", "{", "'", '"'))
     try:
         parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
-    except YAMLError:
+    except (YAMLError, UnicodeEncodeError):  # a path need not be UTF-8
         if is_yaml:
             raise
         return text

@@ -249,6 +249,7 @@ class Committer:
                 num_rows=decision.num_rows,
                 pieces=decision.pieces,
                 retires=task.retires,
+                last_path=task.last_path,
             ),
             self._context,
             fetch=ray.get,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageOps
 
-from pipeline.config import JobConfig
+from pipeline.config import JobConfig, Output
 from pipeline.errors import ConfigError, Reject, clean
 from pipeline.inputs.readers import read
 from pipeline.inputs.shards import Shard, discover
@@ -76,10 +77,8 @@ def _results(rows: list[Row], config: JobConfig) -> pa.Table:
     """Identity, results, and `error` and `message` where there is no result; sorted by shard and index."""
     spec = make_spec(config)
     batch_size = next((size for size in BATCH_SIZES if size >= len(rows)), BATCH_SIZES[-1])
-    output = config.output
-    predictor = _predictor(
-        _Hashable(spec), config.runtime.engine, config.runtime.device, batch_size, output.model_dump_json()
-    )
+    wanted = _Wanted(spec.fingerprint, spec, config.output)
+    predictor = _predictor(wanted, config.runtime.engine, config.runtime.device, batch_size)
     blocks = pixel_blocks(rows, spec.transform, config.input, batch_size)
     schema = predictor.columns.pieces()
     table = pa.concat_tables([schema.empty_table(), *(predictor(block) for block in blocks)])
@@ -88,28 +87,23 @@ def _results(rows: list[Row], config: JobConfig) -> pa.Table:
     return table.select([*names, "width", "height", "error", "message"]).combine_chunks()
 
 
-class _Hashable:
-    """A spec as a cache key: its fingerprint says it all."""
+@dataclass(frozen=True)
+class _Wanted:
+    """A model and the columns that it is to fill. As a cache's key its fingerprint says it all."""
 
-    def __init__(self, spec: ModelSpec) -> None:
-        self.spec = spec
-
-    def __hash__(self) -> int:
-        return hash(self.spec.fingerprint)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Hashable) and other.spec.fingerprint == self.spec.fingerprint
+    fingerprint: str
+    spec: ModelSpec = field(compare=False)
+    output: Output = field(compare=False)
 
 
 @lru_cache(maxsize=len(BATCH_SIZES))
-def _predictor(key: _Hashable, engine: str, device: str, batch_size: int, output_json: str) -> ResNetPredictor:
+def _predictor(wanted: _Wanted, engine: str, device: str, batch_size: int) -> ResNetPredictor:
     """Loading a network takes seconds, and a notebook calls again and again."""
     import torch
 
-    from pipeline.config import Output
     from pipeline.model.predictor import PredictorSettings, ResNetPredictor
 
-    spec, output = key.spec, Output.model_validate_json(output_json)
+    spec, output = wanted.spec, wanted.output
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     info = resolve(spec)

@@ -1,12 +1,12 @@
 """What is there to do: the listing of the input against the ledger of the output. Opens no shard.
 
-Groups of loose files need an order, so that a file never stands in two parts. It rests on one rule, which every commit
-keeps: a part of a group holds no file from the first path of the next group that stands on. So only two kinds of old
-groups can hold files that a group is about to take:
+Groups of loose files need an order, so that a file never stands in two parts:
 
-- those that begin among its files; the listing has them no more, and they MUST be retired first
-- where it does not stand itself, the one that stands next before it, which MUST be retired first if the listing has it
-  no more, and else, if it is to do as well, be committed (and so shrink) first
+- What stands of a group that the listing has no more, and reaches among the files of a listed one, MUST be retired
+  before that one is committed.
+- A part reaches no further than the next listed group that stands, a rule that every commit keeps. So a group that does
+  not stand itself can only take files from the one that stands next before it: if that one is to do as well, it MUST be
+  committed, and so shrink, first.
 
 So a sample may be absent for a moment, but never stands twice.
 """
@@ -14,13 +14,16 @@ So a sample may be absent for a moment, but never stands twice.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Mapping
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from pipeline.config import JobConfig
 from pipeline.inputs.shards import Shard, discover, relative
 from pipeline.outputs.dataset import Dataset
 from pipeline.outputs.ledger import Standing
+from pipeline.outputs.schema import Footer
 from pipeline.storage import Store
 
 
@@ -32,6 +35,23 @@ class Task:
     shard: Shard
     after: int | None = None
     retires: tuple[str, ...] = ()
+
+    @property
+    def last_path(self) -> str:
+        """Where the files of a group end. A name that is not UTF-8 can't be written: then a path behind it."""
+        return (
+            re.sub("[\ud800-\udfff].*", "\U0010ffff", _paths(self.shard)[1], flags=re.S) if self.shard.members else ""
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Vanished:
+    """A group that stands in the dataset and is not in the listing: its files lie between two paths, both included."""
+
+    id: str
+    root: str
+    first_path: str
+    last_path: str
 
 
 @dataclass(frozen=True)
@@ -60,24 +80,43 @@ def make_plan(config: JobConfig) -> Plan:
     return compare(shards, standing, _vanished_groups(shards, standing, dataset))
 
 
-def compare(shards: Iterable[Shard], standing: Mapping[str, Standing], vanished: Mapping[str, str]) -> Plan:
-    """The plan, as a pure function. `vanished` maps the ids of groups that are gone to their shard URLs."""
+def _vanished_groups(shards: list[Shard], standing: Mapping[str, Standing], dataset: Dataset) -> list[Vanished]:
+    """The groups in the dataset that the listing has no more; only asked for where there are groups."""
+    roots = {shard.root for shard in shards if shard.kind == "files"}
+    if not roots:
+        return []
+    listed = {shard.id for shard in shards}
+    found = dataset.footers_of({name: stands for name, stands in standing.items() if name not in listed})
+    return [group for name, footers in found.items() for group in vanished_groups(name, footers, roots)]
+
+
+def vanished_groups(shard_id: str, footers: Iterable[Footer], roots: Iterable[str]) -> Iterator[Vanished]:
+    """A part and an errors part as groups of these roots; they may be of two times, and so reach to two paths."""
+    for footer in footers:
+        for root in roots:
+            if footer.shard.startswith(f"{root}#"):
+                yield Vanished(shard_id, root, footer.shard.removeprefix(f"{root}#"), footer.last_path)
+
+
+def compare(shards: Iterable[Shard], standing: Mapping[str, Standing], vanished: Iterable[Vanished] = ()) -> Plan:
+    """The plan, as a pure function."""
     listed = list(shards)
-    old = _OldGroups({s.url: s.id for s in listed if s.kind == "files" and s.id in standing}, vanished)
-    todo: list[tuple[Shard, str | None, tuple[str, ...]]] = []
+    standing_urls = sorted(shard.url for shard in listed if shard.kind == "files" and shard.id in standing)
+    old = _ByRoot(vanished)
+    todo: dict[str, tuple[Shard, tuple[str, ...]]] = {}
     done: list[Shard] = []
     for shard in listed:
-        before, retires = old.around(shard) if shard.kind == "files" else (None, ())
-        # A group may be done and a vanished one stand among its files: a rival's late write has brought it back.
+        retires = old.among(shard) if shard.kind == "files" else ()
+        # A group may be done and a vanished one reach among its files: a rival that planned before us wrote it later.
         if _fingerprint(standing, shard.id) == shard.fingerprint and not retires:
             done.append(shard)
         else:
-            todo.append((shard, before, retires))
-    places: dict[str | None, int] = {shard.id: place for place, (shard, _, _) in enumerate(todo)}
+            todo[shard.url] = shard, retires
+    places = {url: place for place, url in enumerate(todo)}
     return Plan(
-        tasks=[Task(shard, places.get(before), retires) for shard, before, retires in todo],
+        tasks=[Task(shard, places.get(_before(shard, standing_urls)), retires) for shard, retires in todo.values()],
         done=done,
-        changed=[shard.url for shard, _, _ in todo if shard.id in standing],
+        changed=[shard.url for shard, _ in todo.values() if shard.id in standing],
         gone=sorted(standing.keys() - {shard.id for shard in listed}),
     )
 
@@ -87,31 +126,40 @@ def _fingerprint(standing: Mapping[str, Standing], shard_id: str) -> str | None:
     return found.fingerprint if found else None
 
 
-def _vanished_groups(shards: list[Shard], standing: Mapping[str, Standing], dataset: Dataset) -> dict[str, str]:
-    """Ids and URLs of groups in the dataset that the listing has no more; only asked for where there are groups."""
-    roots = tuple({f"{shard.root}#" for shard in shards if shard.kind == "files"})
-    if not roots:
-        return {}
-    listed = {shard.id for shard in shards}
-    urls = dataset.shard_urls({name: found for name, found in standing.items() if name not in listed})
-    return {name: url for name, url in urls.items() if url.startswith(roots)}
+def _paths(group: Shard) -> tuple[str, str]:
+    """The path that names a group, and its last one. The first group's name is empty: it begins before all paths."""
+    return group.url.removeprefix(f"{group.root}#"), relative(group.root, group.members[-1].url)
 
 
-class _OldGroups:
-    """The groups that stand in the dataset, by URL, and so in the order of their first paths."""
+def _before(shard: Shard, standing_urls: list[str]) -> str:
+    """The URL of the listed group that stands next before a group that does not; else nothing."""
+    place = bisect.bisect_left(standing_urls, shard.url)
+    stands = standing_urls[place : place + 1] == [shard.url]
+    before = standing_urls[place - 1] if place and shard.kind == "files" and not stands else ""
+    return before if before.startswith(f"{shard.root}#") else ""
 
-    def __init__(self, listed: Mapping[str, str], vanished: Mapping[str, str]) -> None:
-        self._vanished = vanished
-        self._ids = dict(listed) | {url: name for name, url in vanished.items()}
-        self._urls = sorted(self._ids)
 
-    def around(self, shard: Shard) -> tuple[str | None, tuple[str, ...]]:
-        """The old group that may hold the beginning of this one, and all that must be retired before it."""
-        prefix = f"{shard.root}#"
-        last = prefix + relative(shard.root, shard.members[-1].url)
-        begin, end = bisect.bisect_left(self._urls, shard.url), bisect.bisect_right(self._urls, last)
-        before = None
-        if shard.url not in self._ids and begin and self._urls[begin - 1].startswith(prefix):
-            before = self._ids[self._urls[begin - 1]]
-        sources = [self._ids[url] for url in self._urls[begin:end]] + ([before] if before else [])
-        return before, tuple(name for name in sources if name in self._vanished)
+class _ByRoot:
+    """The vanished groups of each root, in the order of their first paths."""
+
+    def __init__(self, vanished: Iterable[Vanished]) -> None:
+        self._groups: dict[str, list[Vanished]] = {}
+        for group in sorted(vanished, key=lambda group: group.first_path):
+            self._groups.setdefault(group.root, []).append(group)
+        # How far the groups up to each one reach: few overlap, so that looking backwards ends soon.
+        self._reach = {
+            root: list(itertools.accumulate((group.last_path for group in groups), max))
+            for root, groups in self._groups.items()
+        }
+
+    def among(self, shard: Shard) -> tuple[str, ...]:
+        """The ids of those that may hold files of this group."""
+        groups, reach = self._groups.get(shard.root, []), self._reach.get(shard.root, [])
+        first, last = _paths(shard)
+        place = bisect.bisect_right(groups, last, key=lambda group: group.first_path)
+        found: list[str] = []
+        while place and reach[place - 1] >= first:
+            place -= 1
+            if groups[place].last_path >= first:
+                found.append(groups[place].id)
+        return tuple(dict.fromkeys(reversed(found)))

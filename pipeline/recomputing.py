@@ -109,14 +109,14 @@ def _compare(
     for row in rows:
         result.sampled += 1
         found = known.get((row["shard"], row["index"]))
-        difference = "it is not in its shard" if found is None else next(_differences(row, found, mean), None)
+        difference = "it is not in its shard" if found is None else next(differences(row, found, mean), None)
         if difference is None:
             result.agreed += 1
         else:
             result.problems.append(f"{row['shard']} index {row['index']} ({row['key']}): {difference}")
 
 
-def _differences(stored: dict[str, Any], found: dict[str, Any], mean: np.ndarray | None) -> Iterator[str]:
+def differences(stored: dict[str, Any], found: dict[str, Any], mean: np.ndarray | None) -> Iterator[str]:
     """Why two results of one sample are not the same."""
     if found["error"] is not None:
         yield f"it is an error row when it is computed again: {found['message']}"

@@ -23,6 +23,7 @@ log = logging.getLogger("pipeline")
 
 LINE_EVERY_S = 5.0
 MIN_STEADY_S = 1.0
+MAX_ARRIVALS = 1000
 
 
 @dataclass
@@ -47,7 +48,7 @@ class RunReport:
     bytes_written: int = 0
     started_at: str = ""  # UTC
     seconds: float = 0.0
-    images_per_s: float = 0.0  # from the first result to the last
+    images_per_s: float = 0.0  # over the second half of the images
     committed: list[str] = field(default_factory=list)  # shard URLs
     open: list[dict[str, str]] = field(default_factory=list)  # shard URL and reason
     config: dict[str, Any] = field(default_factory=dict)
@@ -87,18 +88,16 @@ class Counter:
         self.bytes_settled = 0
         self.images = self.errors = 0  # arrived, whether committed or not; error rows are among the images
         self._started = clock()
-        self._first_at: float | None = None
-        self._first_images = 0
-        self._last_at = 0.0
+        self._arrivals: list[tuple[float, int]] = []  # when so many images had arrived
 
     def on_rows(self, rows: int, errors: int) -> None:
         self.images += rows
         self.errors += errors
         if not rows:
             return
-        self._last_at = self.clock()
-        if self._first_at is None:
-            self._first_at, self._first_images = self._last_at, self.images
+        self._arrivals.append((self.clock(), self.images))
+        if len(self._arrivals) > MAX_ARRIVALS:
+            del self._arrivals[1:-1:2]
 
     def on_committed(self, url: str, size: int, committed: Any) -> None:
         self._settle(size)
@@ -122,14 +121,15 @@ class Counter:
 
     @property
     def images_per_s(self) -> float:
-        """In steady state, from the first block that arrived to the last; where that is too short to tell, from the
-        start of the flow."""
-        if self._first_at is None:
+        """In steady state: over the second half of the images, since the first blocks were decoded while the actors
+        started; where that is too short to tell, from the start of the flow."""
+        if not self._arrivals:
             return 0.0
-        steady = self._last_at - self._first_at
-        if steady < MIN_STEADY_S:
-            return self.images / max(self._last_at - self._started, 1e-3)
-        return (self.images - self._first_images) / steady
+        last_at, images = self._arrivals[-1]
+        half_at, half = next(arrival for arrival in self._arrivals if 2 * arrival[1] >= images)
+        if last_at - half_at < MIN_STEADY_S:
+            return images / max(last_at - self._started, 1e-3)
+        return (images - half) / (last_at - half_at)
 
     @property
     def seconds_left(self) -> float | None:
@@ -140,6 +140,8 @@ class Counter:
 
     def status(self) -> str:
         """`12/40 shards · 3,456 images · 812 images/s · 2 errors`"""
+        if not self.images and not self.settled:
+            return f"starting · {self.num_shards} shards to do"
         return (
             f"{self.settled}/{self.num_shards} shards · {self.images:,} images · {self.images_per_s:,.0f} images/s"
             f" · {self.errors:,} error{'' if self.errors == 1 else 's'}"
@@ -211,7 +213,7 @@ def summary(report: RunReport) -> Table:
         "shards": f"{report.shards_committed} committed, {report.shards_done_before} done before,"
         f" {len(report.open)} open, {report.shards_gone} gone from the input",
         "images": f"{report.predicted:,} predicted, {report.errors:,} errors",
-        "speed": f"{report.images_per_s:,.0f} images/s in steady state, {report.seconds:.1f} s in all",
+        "speed": f"{report.images_per_s:,.0f} images/s, {report.seconds:.1f} s in all",
         "engine": f"{report.engine} on {report.device}, batches of {report.batch_size}, {report.actors} actor(s)",
         "written": f"{report.bytes_written / 1e6:,.1f} MB",
     }

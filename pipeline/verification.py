@@ -133,16 +133,16 @@ def _mark_body(dataset: Dataset, mark: Mark) -> Mapping[str, Any]:
 
 
 def _why_not(dataset: Dataset, standing: Standing) -> str:
-    there = [name for name, version in (("part", standing.part), ("errors part", standing.errors)) if version]
+    there = [name for name, version in (("a part", standing.part), ("an errors part", standing.errors)) if version]
     if len(standing.marks) != 1 or standing.part is None:
         marks = f"{len(standing.marks) or 'no'} mark{'' if len(standing.marks) == 1 else 's'}"
-        return f"{marks} and {' and '.join(f'a {name}' for name in there) or 'no part'}"
+        return f"{marks}, and there is {' and '.join(there) or 'nothing else'}"
     errors = _mark_body(dataset, standing.marks[0]).get("errors")
     if errors and standing.errors is None:
         return f"its mark counts {errors} error rows, and there is no errors part"
     if standing.errors is not None and not errors:
         return "there is an errors part, and its mark counts no error rows"
-    return f"its mark vouches for another {' or '.join(there)} than stands there"
+    return "its mark vouches for other versions than those that stand there"
 
 
 @dataclass

@@ -17,27 +17,28 @@ def updated(page: str) -> str:
     """The page with its part about the commands as the program is now."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
-    commands = get_command(app).commands  # type: ignore[attr-defined]
-    return before + BEGIN + "".join(map(_section, commands.values())) + "\n" + END + after
+    program: Any = get_command(app)
+    sections = [_table(program), *map(_section, program.commands.values())]
+    return before + BEGIN + "".join(sections) + "\n" + END + after
 
 
 def _section(command: Any) -> str:
     words = [_word(p) for p in command.params if p.param_type_name == "argument"]
-    rows = [f"| {_name(p)} | {_default(p)} | {p.help} |" for p in command.params]
     lines = [
         f"### `resnet-batch {command.name}`",
         "",
         command.help,
         "",
         f"    resnet-batch {command.name} [OPTIONS] {' '.join(words)}",
-        "",
-        "| | default | |",
-        "| --- | --- | --- |",
-        *rows,
-        "",
+        _table(command),
         command.epilog.replace("\n\n- ", "\n- ").replace(":\n", ":\n\n", 1),
     ]
     return "\n" + "\n".join(lines) + "\n"
+
+
+def _table(command: Any) -> str:
+    rows = [f"| {_name(p)} | {_default(p)} | {p.help} |" for p in command.params]
+    return "\n".join(["", "| | default | |", "| --- | --- | --- |", *rows, ""])
 
 
 def _word(argument: Any) -> str:

@@ -106,7 +106,7 @@ def test_a_write_without_an_answer_is_tried_again(line: Relay) -> None:
     line.spoil("PUT", "hang")
     began = time.monotonic()
     version = store.put("s3://labels/x", b"content")
-    assert time.monotonic() - began < 10, "long before the deadline of two minutes"
+    assert time.monotonic() - began < 30, "long before the deadline of two minutes"
     assert (store.read("s3://labels/x"), store.info("s3://labels/x").version) == (b"content", version)
 
 
@@ -116,7 +116,7 @@ def test_a_write_that_gets_no_answer_at_all_ends_as_unknown(line: Relay) -> None
     began = time.monotonic()
     with pytest.raises(OutcomeUnknown, match="may have been written"):
         store.put("s3://labels/x", b"content")
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 20
 
 
 def test_a_lost_answer_may_make_us_our_own_rival(line: Relay) -> None:
@@ -167,6 +167,9 @@ class Website(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.has_ranges = True
         self.status: int | None = None
+
+    def handle_error(self, *args: object) -> None:
+        """Quiet: a client that has read enough of a file hangs up."""
 
 
 class _Page(SimpleHTTPRequestHandler):

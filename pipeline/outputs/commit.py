@@ -31,6 +31,7 @@ class CommitTask:
     fingerprint: str
     num_rows: int
     pieces: tuple[Any, ...]
+    last_path: str  # of a group of loose files, else empty
     retires: tuple[str, ...] = ()
 
 
@@ -166,6 +167,7 @@ class Merge:
             listed=self._task.num_rows,
             predicted=len(self._predicted),
             errors=len(self._errors),
+            last_path=self._task.last_path,
         )
 
     def parts(self) -> Iterator[pa.Table]:

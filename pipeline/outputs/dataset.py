@@ -82,22 +82,23 @@ class Dataset:
         with self.store.open(self.path(folder, shard_id + PARQUET), read_ahead=False) as file:
             return Footer.of(pq.read_schema(file))
 
-    def shard_url(self, shard_id: str, standing: Standing) -> str | None:
-        """The URL of a shard that stands, from a mark of it, or where a commit died after deleting that, from a footer.
-        None for files that are not ours, or gone since they were listed."""
-        for mark in standing.marks:
+    def footers(self, shard_id: str, standing: Standing) -> list[Footer]:
+        """What the part and the errors part of a shard say of themselves, from its mark where that vouches for them.
+        Files that are not ours, or gone since they were listed, say nothing."""
+        if standing.valid_mark is not None:
             with suppress(NotFound, *NOT_OURS):
-                return str(self.read_mark(mark)["shard"])
-        for folder in ("data", "errors"):
+                return [Footer(**self.read_mark(standing.valid_mark))]
+        found = []
+        for folder, version in (("data", standing.part), ("errors", standing.errors)):
             with suppress(NotFound, *NOT_OURS):
-                return self.read_footer(folder, shard_id).shard
-        return None
+                if version is not None:
+                    found.append(self.read_footer(folder, shard_id))
+        return found
 
-    def shard_urls(self, standing: Mapping[str, Standing]) -> dict[str, str]:
-        """`shard_url` of many, by id, 16 at a time."""
+    def footers_of(self, standing: Mapping[str, Standing]) -> dict[str, list[Footer]]:
+        """`footers` of many shards by id, 16 at a time."""
         with ThreadPoolExecutor(16) as pool:
-            urls = pool.map(self.shard_url, standing.keys(), standing.values())
-            return {name: url for name, url in zip(standing, urls, strict=True) if url is not None}
+            return dict(zip(standing, pool.map(self.footers, standing.keys(), standing.values()), strict=True))
 
     def identity(self) -> Identity | None:
         """What `_dataset.json` says; None for a dataset that does not exist yet."""
@@ -117,28 +118,27 @@ class Dataset:
     def owner(self) -> str | None:
         """The fingerprint of the model that what stands is of, from any mark or part; None where nothing stands."""
         is_empty = True
-        for folder in ("_ledger", "data"):
-            for name in self.names_and_versions(folder):
-                is_empty = False
-                with suppress(NotFound, *NOT_OURS):
-                    return self._model_in(folder, name)
+        for mark in _marks(self.names_and_versions("_ledger")):
+            is_empty = False
+            with suppress(NotFound, *NOT_OURS):
+                return str(self.read_mark(mark)["model_fingerprint"])
+        for name in _parts(self.names_and_versions("data")):
+            is_empty = False
+            with suppress(NotFound, *NOT_OURS):
+                return self.read_footer("data", name).model_fingerprint
         return None if is_empty else UNKNOWN
 
-    def _model_in(self, folder: str, name: str) -> str:
-        """The fingerprint of the model that a mark or a part is of."""
-        if folder == "data":
-            return self.read_footer(folder, name.removesuffix(PARQUET)).model_fingerprint
-        return str(json.loads(self.store.read(self.path(folder, name)))["model_fingerprint"])
-
     def check_identity(self, ours: Identity) -> None:
-        """Raise ModelMismatch if there is anything in the dataset and it is another model's. Of `ours`, the fingerprint
-        and the components behind it are enough."""
+        """Raise ModelMismatch if there is anything in the dataset and it is another model's, FatalError if it is no
+        model's. Of `ours`, the fingerprint and the components behind it are enough."""
         theirs = self.identity()
         if theirs is not None and _model(theirs) == _model(ours):
             return
         owner = self.owner()
         if owner is None or (theirs is None and owner == _model(ours)):
             return
+        if owner == UNKNOWN:
+            raise FatalError(f"{self.url} holds files that are not ours in data or _ledger. Choose another output.url.")
         raise ModelMismatch(_difference(self.url, theirs or {"model_fingerprint": owner}, ours))
 
     def confirm_identity(self, ours: Identity) -> None:

@@ -285,9 +285,7 @@ class Progress:
         self._open: dict[int, _Open] = {}
         self._settled = np.zeros(num_shards, bool)  # committed, failed or abandoned
         self._decided = np.zeros(num_shards, bool)  # handed out as a decision
-        self._committed: set[int] = set()  # only those that others wait for
         self._held: dict[int, Commit] = {}
-        self._waited_for = set(self.after.values())
 
     def on_receipt(self, receipt: Receipt) -> list[Decision]:
         """The decisions that this receipt makes possible. Receipts of decided shards are ignored."""
@@ -313,8 +311,6 @@ class Progress:
     def on_committed(self, shard: int) -> list[Decision]:
         """The decisions that this commit sets free."""
         self._settled[shard] = True
-        if shard in self._waited_for:
-            self._committed.add(shard)
         return [self._release(held) for held in list(self._held) if self.after.get(held) == shard]
 
     def on_failed(self, shard: int) -> list[Decision]:
@@ -329,9 +325,7 @@ class Progress:
     def _complete(self, commit: Commit) -> list[Decision]:
         del self._open[commit.shard]
         first = self.after.get(commit.shard)
-        if first is not None and first not in self._committed:
-            if self._settled[first]:
-                return self._abandon(commit.shard, _first_failed())
+        if first is not None and not self._settled[first]:  # had it failed, this shard would be abandoned by now
             self._held[commit.shard] = commit
             return []
         self._decided[commit.shard] = True
@@ -351,12 +345,9 @@ class Progress:
         decisions: list[Decision] = []
         for dependent, first in self.after.items():
             if first == shard and not self._decided[dependent]:
-                decisions.extend(self._abandon(dependent, _first_failed()))
+                reason = "the group that its files come from could not be committed first"
+                decisions.extend(self._abandon(dependent, reason))
         return decisions
-
-
-def _first_failed() -> str:
-    return "the group that its files come from could not be committed first"
 
 
 def _add(shard: _Open, receipt: Receipt) -> None:

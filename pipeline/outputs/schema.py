@@ -56,6 +56,7 @@ class Footer:
     listed: int
     predicted: int
     errors: int
+    last_path: str = ""  # of a group of loose files: they lie between the path in its URL and this one
     format_version: str = FORMAT_VERSION
 
     def metadata(self) -> dict[str, str]:
@@ -89,7 +90,7 @@ def write_parquet(path: Path, schema: pa.Schema, groups: Iterable[pa.Table], foo
         store_schema=True,
     ) as writer:
         for group in groups:
-            writer.write_table(group.combine_chunks(), row_group_size=ROWS_PER_GROUP)
+            writer.write_table(group, row_group_size=ROWS_PER_GROUP)
 
 
 def _leaf_paths(schema: pa.Schema) -> list[str]:

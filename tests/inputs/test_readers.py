@@ -666,6 +666,10 @@ class FailingStore(Store):
         after, self.left = self.left, self.left - 100_000
         return cast(BinaryIO, FailingFile(file, after, self.error))
 
+    def read(self, url: str, version: str | None = None) -> bytes:
+        with self.open(url, version) as file:
+            return file.read()
+
 
 @pytest.mark.parametrize("error", [StoreUnavailable("down"), AccessDenied("no"), SourceChanged("new")], ids=repr)
 @pytest.mark.parametrize("after", [0, 100_000, 2_500_000])

@@ -55,7 +55,9 @@ def config_for(s3: S3Server, output: str, **sections: Any) -> dict[str, Any]:
 
 def dataset_rows(s3: S3Server, output: str) -> pa.Table:
     config = make_config(config_for(s3, output))
-    return pipeline.read(f"s3://labels/{output}", config=config).sort_by([("shard", "ascending"), ("index", "ascending")])
+    return pipeline.read(f"s3://labels/{output}", config=config).sort_by(
+        [("shard", "ascending"), ("index", "ascending")]
+    )
 
 
 def last_report(s3: S3Server, output: str) -> dict[str, Any]:
@@ -74,7 +76,18 @@ def test_ray_job_submit_labels_tars_in_a_bucket(s3: S3Server, head: Head):
         f"storage.endpoint_url={s3.endpoint_url}",
     ]
     ray = Path(sys.executable).with_name("ray")
-    command = [ray, "job", "submit", "--address", head.dashboard, "--working-dir", ROOT, "--", "python", "jobs/label.py"]
+    command = [
+        ray,
+        "job",
+        "submit",
+        "--address",
+        head.dashboard,
+        "--working-dir",
+        ROOT,
+        "--",
+        "python",
+        "jobs/label.py",
+    ]
     done = subprocess.run([*command, *overrides], capture_output=True, text=True, cwd=ROOT, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "using the cluster that runs it" in done.stdout

@@ -33,7 +33,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> 
 def config_for(shards: Path, folder: Path, **runtime: Any) -> dict[str, Any]:
     address = ray.get_runtime_context().gcs_address
     settings = {"address": address, "engine": "eager", "batch_size": 16} | runtime
-    return digits_config(shards, folder / "labels", runtime=settings, model={"name": "tests.support.slow_network:build"})
+    return digits_config(
+        shards, folder / "labels", runtime=settings, model={"name": "tests.support.slow_network:build"}
+    )
 
 
 def assert_whole(output: Path, expected: pa.Table) -> None:

@@ -153,8 +153,17 @@ def test_a_lost_description_is_written_again_by_the_model_that_owns_the_rows(dat
 def test_a_folder_with_parquet_files_of_others_is_refused(dataset: Dataset):
     Path(dataset.url, "data").mkdir(parents=True)
     pq.write_table(pa.table({"image": [b""]}), Path(dataset.url, "data/train-00000.parquet"))
-    with pytest.raises(ModelMismatch, match="unknown"):
+    with pytest.raises(FatalError, match="holds files that are not ours"):
         dataset.check_identity(IDENTITY)
+
+
+def test_files_that_nobody_would_read_as_rows_keep_nobody_out(dataset: Dataset):
+    for name in ("data/.DS_Store", "data/notes.txt", "_ledger/notes.txt", "anything.parquet"):
+        path = Path(dataset.url, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("not ours")
+    dataset.claim_identity(IDENTITY)
+    assert dataset.owner() is None
 
 
 # --- What stands -----------------------------------------------------------------------------------------------------
@@ -190,18 +199,20 @@ def test_marks_of_a_longer_id_are_not_a_shards_own(dataset: Dataset):
     assert [mark.shard_id for mark in dataset.standing_of("a").marks] == ["a"]
 
 
-def test_the_url_of_a_shard_is_known_as_long_as_anything_of_it_stands(dataset: Dataset):
+def test_what_stands_says_which_shard_it_is_of_as_long_as_any_of_it_stands(dataset: Dataset):
     dataset.claim_identity(IDENTITY)
     commit(dataset, [piece(BOTH, 0, [0, 1], errors=[1])], 2)
     Path(dataset.url, "data/foreign.parquet").write_bytes(b"no Parquet at all")
     Path(dataset.url, "_ledger/foreign.a.b.json").write_text("[]")
-    for folder in ("_ledger", "data", "errors"):
-        assert dataset.shard_urls(dataset.standing()) == {shard_id(0): "file:///in/0.tar"}
-        listed_before = dataset.standing()
-        for path in Path(dataset.url, folder).glob("0.*"):
+    for gone, footers in {"": 1, "_ledger": 2, "data": 1}.items():  # the mark, both parts, the errors part
+        for path in Path(dataset.url, gone or "nowhere").glob("0.*"):
             path.unlink()
-        if folder == "errors":
-            assert dataset.shard_urls(listed_before) == {}
+        before = dataset.standing()
+        found = dataset.footers_of(before)
+        assert [footer.shard for footer in found[shard_id(0)]] == ["file:///in/0.tar"] * footers
+        assert found["foreign"] == []
+    next(Path(dataset.url, "errors").iterdir()).unlink()
+    assert dataset.footers_of(before)[shard_id(0)] == [], "a rival has retired it since it was listed"
 
 
 def test_marks_that_a_rival_has_deleted_are_left_out(dataset: Dataset):

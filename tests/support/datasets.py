@@ -22,6 +22,7 @@ from pipeline.outputs.commit import CommitContext, CommitTask, commit_shard
 from pipeline.outputs.dataset import Dataset, make_identity
 from pipeline.outputs.ledger import Mark, commit_hash
 from pipeline.outputs.schema import Footer, write_parquet
+from pipeline.planning import Task
 from pipeline.report import RunReport, public_config
 from pipeline.rows import Columns, Kind
 from pipeline.storage import Store
@@ -46,7 +47,8 @@ def commit_all(config: Mapping[str, Any] | JobConfig, run_id: str | None = None)
         rows = list(read_rows(number, shard, job.input, store))
         pieces: list[pa.Table] = [predictor(b) for b in pixel_blocks(rows, spec.transform, job.input, 16)]
         end = next(row.index for row in rows if row.kind is Kind.END)
-        task = CommitTask(number, shard.url, shard.id, shard.fingerprint, end, tuple(pieces))
+        last_path = Task(shard).last_path
+        task = CommitTask(number, shard.url, shard.id, shard.fingerprint, end, tuple(pieces), last_path)
         committed = commit_shard(
             task, CommitContext(dataset, identity, columns, "eager"), lambda piece: piece,
             lambda shard=shard: current_fingerprint(shard, store),
@@ -57,11 +59,6 @@ def commit_all(config: Mapping[str, Any] | JobConfig, run_id: str | None = None)
     report.message = f"{report.shards_committed} shards committed"
     dataset.store.put(dataset.path("_runs", report.run_id, "report.json"), report.to_json().encode())
     return dataset
-
-
-def part_of(dataset: Dataset, number: int = 0) -> Path:
-    """The file of the n-th part, in order of their names."""
-    return sorted(Path(dataset.url, "data").glob("*.parquet"))[number]
 
 
 def rewrite(path: Path, change: Callable[[pa.Table], pa.Table] = lambda rows: rows, **footer: Any) -> None:
@@ -81,3 +78,28 @@ def vouch(dataset: Dataset, shard_id: str) -> None:
     footer = Footer.of(pq.read_schema(dataset.path("data", f"{shard_id}.parquet")))
     mark = Mark(shard_id, footer.shard_fingerprint, commit_hash(standing.part, standing.errors))
     Path(dataset.path("_ledger", mark.name)).write_text(json.dumps(footer.body()))
+
+
+def names(dataset: Dataset) -> list[str]:
+    return sorted(path.stem for path in Path(dataset.url, "data").iterdir())
+
+
+def part(dataset: Dataset, number: int = 0, folder: str = "data") -> Path:
+    return Path(dataset.url, folder, names(dataset)[number] + ".parquet")
+
+
+def mark(dataset: Dataset, number: int = 0) -> Path:
+    (path,) = Path(dataset.url, "_ledger").glob(f"{names(dataset)[number]}.*")
+    return path
+
+
+def set_column(name: str, place: int, value: Any) -> Callable[[pa.Table], pa.Table]:
+    """One row's value in one column."""
+
+    def change(rows: pa.Table) -> pa.Table:
+        values = rows[name].to_pylist()
+        values[place] = value
+        column = pa.array(values, rows.schema.field(name).type)
+        return rows.set_column(rows.schema.get_field_index(name), rows.schema.field(name), column)
+
+    return change

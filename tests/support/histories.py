@@ -14,6 +14,7 @@ from pipeline.errors import PipelineError
 
 Store = Any
 Steps = Generator[Any, Any, Any]
+Rule = Callable[[Any, set[Any]], Steps]  # a step, and a memory of its own, to the steps in its place
 
 DIED = object()  # the answer that ends an actor: its step raised
 
@@ -124,3 +125,18 @@ def run_alone(world: World, store: Store, actor: str, steps: Steps) -> Store:
         store, answer = world.perform(store, actor, step)
         if answer is DIED:
             return store
+
+
+def rewritten(rule: Rule, steps: Steps) -> Steps:
+    """The steps, each replaced by those that `rule` makes of it; its second argument is its memory."""
+    memory, answer = set[Any](), None
+    while True:
+        try:
+            step = steps.send(answer)
+        except StopIteration as end:
+            return end.value
+        answer = yield from rule(step, memory)
+
+
+def as_it_is(step: Any, memory: set[Any]) -> Steps:
+    return (yield step)

@@ -99,9 +99,8 @@ def commit(
     identity: Identity = IDENTITY,
 ) -> Committed:
     """Commit shard `number`, `/in/<number>.tar`, from tables; `current` looks up the source's fingerprint."""
-    task = CommitTask(
-        number, f"file:///in/{number}.tar", shard_id(number), fingerprint, num_rows, tuple(range(len(pieces))), retires
-    )
+    places = tuple(range(len(pieces)))
+    task = CommitTask(number, f"file:///in/{number}.tar", shard_id(number), fingerprint, num_rows, places, "", retires)
     context = CommitContext(dataset, identity, columns, "eager")
     return commit_shard(task, context, pieces.__getitem__, current or (lambda: fingerprint))
 

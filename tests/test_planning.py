@@ -1,0 +1,244 @@
+"""What there is to do; and that groups of loose files, done in the order of the plan, never hold a file twice."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.backends import FileInfo
+from pipeline.config import JobConfig, make_config
+from pipeline.inputs.shards import Shard, current_fingerprint, shard_id
+from pipeline.outputs.commit import CommitContext, CommitTask, commit_shard
+from pipeline.outputs.dataset import Dataset
+from pipeline.outputs.ledger import (
+    Mark,
+    Standing,
+    commit_hash,
+)
+from pipeline.outputs.schema import Footer
+from pipeline.planning import Plan, Task, Vanished, compare, make_plan, vanished_groups
+from pipeline.storage import Store
+from tests.support.pieces import BOTH, IDENTITY, new_dataset
+
+ROOT = "file:///in"
+
+
+def tar(name: str, fingerprint: str, size: int = 10) -> Shard:
+    url = f"{ROOT}/{name}"
+    return Shard(url, shard_id(url), "webdataset", fingerprint, size)
+
+
+def stands(fingerprint: str) -> Standing:
+    return Standing((Mark("?", fingerprint, commit_hash("part", None)),), "part")
+
+
+def test_new_changed_done_and_gone():
+    new, changed, done = tar("new.tar", "1"), tar("changed.tar", "2", size=7), tar("done.tar", "3")
+    unfinished = tar("unfinished.tar", "4")
+    standing = {
+        changed.id: stands("1"),
+        done.id: stands("3"),
+        unfinished.id: Standing((), "a part without a mark"),
+        "gone": stands("5"),
+    }
+    plan = compare([new, changed, done, unfinished], standing)
+    assert plan.tasks == [Task(new), Task(changed), Task(unfinished)]
+    assert plan.done == [done]
+    assert plan.changed == [changed.url, unfinished.url]
+    assert plan.gone == ["gone"]
+    assert plan.num_bytes == 27
+
+
+def test_nothing_at_all():
+    assert compare([], {}) == Plan([])
+
+
+# --- Groups of loose files: the rules, one by one ---------------------------------------------------------------------
+
+
+def group(begin: str, *paths: str, fingerprint: str = "now") -> Shard:
+    url = f"{ROOT}#{begin}"
+    members = tuple(FileInfo(f"{ROOT}/{path}", 1, "1") for path in paths)
+    return Shard(url, shard_id(url), "files", fingerprint, len(paths), "", ROOT, members)
+
+
+def ids(*begins: str) -> tuple[str, ...]:
+    return tuple(shard_id(f"{ROOT}#{begin}") for begin in begins)
+
+
+def tasks_of(
+    listed: list[Shard], done: str = "", changed: str = "", vanished: tuple[str, ...] = ()
+) -> dict[str, tuple[str | None, str]]:
+    """The plan where groups stand, named by their first path, and vanished ones, as "bc": from path b to path c.
+    First path to the first paths of `after` and of `retires`."""
+    standing = {name: stands("now") for name in ids(*done)} | {name: stands("before") for name in ids(*changed)}
+    plan = compare(listed, standing, [Vanished(span[0], ROOT, span[0], span[-1]) for span in vanished])
+    begins = [task.shard.url.rpartition("#")[2] for task in plan.tasks]
+    return {
+        begin: (None if task.after is None else begins[task.after], "".join(task.retires))
+        for begin, task in zip(begins, plan.tasks, strict=True)
+    }
+
+
+def test_a_new_group_waits_for_the_one_it_takes_its_files_from():
+    assert tasks_of([group("b", "b"), group("c", "c", "d")], changed="b") == {"b": (None, ""), "c": ("b", "")}
+
+
+def test_several_new_groups_wait_for_the_same_one():
+    listed = [group("b", "b"), group("c", "c"), group("d", "d")]
+    assert tasks_of(listed, changed="b") == {"b": (None, ""), "c": ("b", ""), "d": ("b", "")}
+
+
+def test_a_new_group_does_not_wait_where_the_other_has_shrunk_already():
+    assert tasks_of([group("b", "b"), group("c", "c")], done="b") == {"c": (None, "")}
+
+
+def test_a_group_that_stands_waits_for_nothing():
+    assert tasks_of([group("b", "b"), group("c", "c")], changed="bc") == {"b": (None, ""), "c": (None, "")}
+
+
+def test_a_done_group_between_shields_a_new_one():
+    listed = [group("b", "b"), group("c", "c"), group("d", "d")]
+    assert tasks_of(listed, changed="b", done="c") == {"b": (None, ""), "d": (None, "")}
+
+
+def test_a_group_that_takes_the_files_of_a_vanished_one_retires_it():
+    assert tasks_of([group("a", "a", "d", "e")], changed="a", vanished=("cd",)) == {"a": (None, "c")}
+
+
+def test_both_groups_that_take_files_of_a_vanished_one_retire_it():
+    listed = [group("a", "a", "c"), group("d", "d", "e")]
+    assert tasks_of(listed, changed="a", vanished=("be",)) == {"a": (None, "b"), "d": ("a", "b")}
+
+
+@pytest.mark.parametrize("span", ["aa", "df"])
+def test_a_vanished_group_whose_files_are_gone_too_is_left_alone(span: str):
+    assert tasks_of([group("b", "b", "c")], changed="b", vanished=(span,)) == {"b": (None, "")}
+
+
+def test_a_vanished_group_whose_only_file_is_gone_is_retired_where_another_reaches_over_it():
+    """Else it would stand between the two later on, and hide that the other reaches further."""
+    assert tasks_of([group("", "b", "d")], vanished=("aa", "cc", "ee")) == {"": (None, "ac")}
+
+
+def test_several_vanished_groups_are_retired_together():
+    assert tasks_of([group("c", "c", "f")], vanished=("ag", "ab", "bc", "de", "ff", "gh")) == {"c": (None, "abdf")}
+
+
+def test_a_part_and_an_errors_part_may_reach_to_two_paths():
+    footers = [Footer(f"{ROOT}#b", "", "", "", 1, 1, 0, last_path=path) for path in "cf"]
+    assert list(vanished_groups("b", footers, [ROOT, "file:///in2"])) == [
+        Vanished("b", ROOT, "b", "c"),
+        Vanished("b", ROOT, "b", "f"),
+    ]
+    plan = compare([group("d", "d")], {}, vanished_groups("b", footers, [ROOT]))
+    assert plan.tasks[0].retires == ("b",)
+
+
+def test_a_vanished_group_among_the_files_of_a_done_one_is_retired():
+    """A rival that planned with an older listing has written it after our commit."""
+    assert tasks_of([group("b", "b", "d")], done="b", vanished=("cc",)) == {"b": (None, "c")}
+    assert tasks_of([group("b", "b", "d")], done="b", vanished=("ab",)) == {"b": (None, "a")}
+
+
+def test_groups_of_another_root_are_none_of_ours():
+    plan = compare([group("c", "c")], {}, [Vanished("b", "file:///other", "b", "d")])
+    assert plan.tasks == [Task(group("c", "c"))]
+    assert list(vanished_groups("b", [Footer("file:///other#b", "", "", "", 1, 1, 0)], [ROOT])) == []
+
+
+def test_a_group_ends_with_its_last_path():
+    assert Task(group("b", "b", "c/d")).last_path == "c/d"
+    assert Task(tar("a.tar", "1")).last_path == ""
+    not_utf8 = Task(group("b", "b", "c\udcff.jpg")).last_path
+    assert not_utf8.encode()
+    assert "c\udcff.jpg" < not_utf8 < "d"
+
+
+# --- The plan of real folders ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """An input of two tars, a Parquet file and loose images, and an output with one of the tars in it."""
+    for name in ("a.tar", "b.tar", "rows.parquet", *(f"photos/{n}.jpg" for n in range(20))):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"not to be opened")
+    return tmp_path
+
+
+def config(folders: Path) -> JobConfig:
+    return make_config(
+        {"input": {"url": str(folders / "in"), "group_size": 5}, "output": {"url": str(folders / "labels")}}
+    )
+
+
+def commit_all(plan: Plan, folders: Path) -> Dataset:
+    """Commit an empty part for every task of a plan."""
+    dataset = new_dataset(folders / "labels")
+    context = CommitContext(dataset, IDENTITY, BOTH, "eager")
+    for number, task in enumerate(plan.tasks):
+        shard = task.shard
+        commit = CommitTask(number, shard.url, shard.id, shard.fingerprint, 0, (), task.last_path, task.retires)
+        commit_shard(commit, context, pytest.fail, lambda shard=shard: current_fingerprint(shard, Store()))
+    return dataset
+
+
+def opened_from_here_on(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    opened: list[str] = []
+    real_open, store_open = io.open, Store.open
+
+    def counted_open(file: Any, *args: Any, **more: Any) -> Any:
+        opened.append(str(file))
+        return real_open(file, *args, **more)
+
+    def counted_store_open(store: Store, url: str, *args: Any, **more: Any) -> Any:
+        opened.append(url)
+        return store_open(store, url, *args, **more)
+
+    monkeypatch.setattr(io, "open", counted_open)
+    monkeypatch.setattr(Store, "open", counted_store_open)
+    return opened
+
+
+def test_a_plan_opens_no_shard_and_no_part(folders: Path, monkeypatch: pytest.MonkeyPatch):
+    everything = make_plan(config(folders))
+    groups = [task.shard for task in everything.tasks if task.shard.kind == "files"]
+    assert len(groups) > 1
+    assert sum(len(group.members) for group in groups) == 20
+    commit_all(everything, folders)
+    (folders / "in/b.tar").write_bytes(b"changed")
+    (folders / "in/c.tar").write_bytes(b"new")
+    opened = opened_from_here_on(monkeypatch)
+    plan = make_plan(config(folders))
+    assert opened == []
+    assert [task.shard.url.rpartition("/")[2] for task in plan.tasks] == ["b.tar", "c.tar"]
+    assert [url.rpartition("/")[2] for url in plan.changed] == ["b.tar"]
+    assert len(plan.done) == len(everything.tasks) - 1
+    assert plan.gone == []
+    (folders / "in/rows.parquet").unlink()
+    plan = make_plan(config(folders))
+    assert [name.rpartition("-")[0] for name in plan.gone] == ["rows.parquet"]
+    # It might be a group whose files another one takes: its mark tells its URL.
+    assert {Path(url).parent.name for url in opened} == {"_ledger"}
+
+
+def test_a_group_that_vanished_is_found_by_its_mark_or_its_part(folders: Path):
+    before = make_plan(config(folders))
+    dataset = commit_all(before, folders)
+    groups = [task.shard for task in before.tasks if task.shard.kind == "files"]
+    last = max(groups, key=lambda group: group.url)
+    assert len(last.members) > 1
+    Path(last.members[0].url.removeprefix("file://")).unlink()
+    for marks_too in (False, True):
+        if marks_too:  # as where a run died in the middle of retiring it
+            next(Path(dataset.url, "_ledger").glob(f"{last.id}.*")).unlink()
+        (task,) = make_plan(config(folders)).tasks
+        assert task.retires == (last.id,)
+    commit_all(make_plan(config(folders)), folders)
+    assert last.id not in dataset.standing()
+    assert make_plan(config(folders)).tasks == []

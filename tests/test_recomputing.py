@@ -1,0 +1,156 @@
+"""Rows that are computed again from their source bytes, and compared with what stands in the dataset."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import pipeline
+from pipeline.config import make_config
+from pipeline.errors import ConfigError, ModelMismatch
+from pipeline.examples.tars import write_tar
+from pipeline.outputs.dataset import Dataset
+from pipeline.recomputing import differences, recompute
+from pipeline.storage import Store
+from tests.support.datasets import commit_all, names, part, rewrite, set_column, vouch
+from tests.support.jobs import digits_config, digits_tars
+
+PER_SHARD = 20
+BROKEN_AT = 7
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The config of a healthy dataset: three tars of digits, with one picture that cannot be read in each."""
+    folder = tmp_path_factory.mktemp("healthy")
+    digits_tars(folder / "shards", 3, PER_SHARD, broken=[BROKEN_AT])
+    config = digits_config(folder / "shards", folder / "labels")
+    commit_all(config)
+    return config
+
+
+@pytest.fixture
+def dataset(job: dict[str, Any], tmp_path: Path) -> Dataset:
+    """A copy to damage."""
+    shutil.copytree(job["output"]["url"], tmp_path / "labels", copy_function=shutil.copy2)
+    return Dataset(str(tmp_path / "labels"), Store())
+
+
+def plant_label(rows: pa.Table) -> pa.Table:
+    """Another class in a row, wherever the row says it."""
+    row = rows.slice(3, 1).to_pylist()[0]
+    wrong = (row["class_id"] + 1) % 10
+    rows = set_column("class_id", 3, wrong)(set_column("label", 3, str(wrong))(rows))
+    top = [row["top_k"][0] | {"class_id": wrong, "label": str(wrong)}, *row["top_k"][1:]]
+    return set_column("top_k", 3, top)(rows)
+
+
+def swap_embeddings(rows: pa.Table) -> pa.Table:
+    return rows.set_column(
+        rows.schema.get_field_index("embedding"),
+        "embedding",
+        rows["embedding"].combine_chunks().take([1, 0, *range(2, rows.num_rows)]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "wrong"),
+    [
+        (plant_label, "computed again it is ", 1),
+        (swap_embeddings, "the centred cosine of its embedding", 2),
+        (set_column("key", 3, "elsewhere"), "its key is digit-", 1),
+        (set_column("width", 3, 9), "its size is 8 x 8, stored 9 x 8", 1),
+    ],
+)
+def test_rows_that_only_computing_again_finds_out(
+    change: Callable[[pa.Table], pa.Table], message: str, wrong: int, dataset: Dataset, job: dict[str, Any]
+):
+    rewrite(part(dataset), change)
+    vouch(dataset, names(dataset)[0])
+    assert pipeline.verify(dataset.url).ok, "nothing in the dataset contradicts it"
+    config = digits_config(job["input"]["url"], dataset.url)
+    found = pipeline.verify(dataset.url, sample=100, config=config)
+    assert (found.sampled, found.agreed) == (57, 57 - wrong)
+    assert len(found.problems) == wrong
+    assert all(message in problem and "digits-000.tar index" in problem for problem in found.problems)
+
+
+def test_embeddings_are_compared_around_their_mean():
+    """What all images have in common would hide that two of them were exchanged."""
+    mean = np.full(64, 10.0)
+    one, other = (mean + np.eye(64)[place] for place in (0, 1))
+    assert one @ other / (np.linalg.norm(one) * np.linalg.norm(other)) > 0.999
+    row = {"key": "a", "width": 1, "height": 1, "error": None}
+    stored, found = row | {"embedding": one}, row | {"embedding": other}
+    assert list(differences(stored, found, mean)) == [
+        "the centred cosine of its embedding with the one computed again is 0.0000"
+    ]
+    assert list(differences(stored, stored | {"embedding": one * 1.0001}, mean)) == []
+
+
+def test_sound_shards_are_sampled_beside_damaged_ones(dataset: Dataset, job: dict[str, Any]):
+    part(dataset).write_bytes(part(dataset).read_bytes()[:1000])
+    found = pipeline.verify(dataset.url, sample=100, config=digits_config(job["input"]["url"], dataset.url))
+    assert (found.sampled, found.agreed, len(found.problems)) == (38, 38, 1)
+
+
+def test_what_changed_or_went_since_is_left_out_and_said(tmp_path: Path):
+    shards = digits_tars(tmp_path / "shards", 3, 6)
+    config = digits_config(tmp_path / "shards", tmp_path / "labels")
+    commit_all(config)
+    shards[0].unlink()
+    write_tar(shards[1], [("a.png", b"other")])
+    found = pipeline.verify(str(tmp_path / "labels"), sample=100, config=config)
+    assert found.ok
+    assert (found.sampled, found.agreed) == (6, 6)
+    assert "2 of 3 shards are no longer in the input as they were committed" in str(found)
+    shards[1].unlink()
+    shards[2].unlink()
+    found = pipeline.verify(str(tmp_path / "labels"), sample=100, config=config)
+    assert (found.ok, found.sampled) == (True, 0)
+    assert "3 of 3 shards are no longer" in str(found)
+
+
+def test_a_sample_opens_a_few_parts_and_not_all(tmp_path: Path):
+    digits_tars(tmp_path / "shards", 6, 3)
+    config = make_config(digits_config(tmp_path / "shards", tmp_path / "labels"))
+    commit_all(config)
+    opened: list[str] = []
+
+    class Counting(Store):
+        def open(self, url: str, version: str | None = None, read_ahead: bool = True) -> BinaryIO:
+            opened.append(url)
+            return super().open(url, version, read_ahead)
+
+    dataset = Dataset(config.output.url, Counting())
+    footers = {name: dataset.read_footer("data", name) for name in names(dataset)}
+    opened.clear()
+    found = recompute(dataset, footers, 2, config)
+    assert (found.sampled, found.agreed) == (2, 2)
+    assert len({url for url in opened if url.endswith(".parquet")}) == 2
+
+
+def test_without_a_config_the_last_run_tells_it(job: dict[str, Any], dataset: Dataset, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)  # no OpenVINO: it takes seconds to load
+    report = next(Path(dataset.url, "_runs").glob("*/report.json"))
+    report.write_text(report.read_text().replace(job["output"]["url"], dataset.url))
+    found = pipeline.verify(dataset.url, sample=4)
+    assert (found.sampled, found.agreed) == (4, 4)
+    report.write_text("{")
+    with pytest.raises(ConfigError, match=r"--sample takes the config of the last run.* Give --config\."):
+        pipeline.verify(dataset.url, sample=4)
+    shutil.rmtree(report.parent)
+    with pytest.raises(ConfigError, match=r"no report tells how they were made\. Give --config\."):
+        pipeline.verify(dataset.url, sample=4)
+
+
+def test_a_config_of_another_model_cannot_verify(job: dict[str, Any], dataset: Dataset):
+    config = digits_config(job["input"]["url"], dataset.url, output={"top_k": 2})
+    with pytest.raises(ModelMismatch, match="top_k: the dataset has 5, this run 2"):
+        pipeline.verify(dataset.url, sample=4, config=config)
