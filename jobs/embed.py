@@ -1,4 +1,4 @@
-"""`ray job submit --working-dir . -- python jobs/embed.py configs/search-embeddings.yaml [key=value …]`: embeddings only.
+"""`ray job submit --working-dir . -- python jobs/embed.py configs/search-embeddings.yaml [key=value …]`: vectors only.
 
 The cluster that runs the job does the work, whatever `runtime.address` says. Exits as `resnet-batch run` does.
 """
