@@ -62,4 +62,8 @@ def _wait_until_ready(head: Head, process: subprocess.Popen[bytes]) -> None:
 def clean_environment() -> dict[str, str]:
     """This process's environment without what would lead to another Ray; `python` is this one."""
     kept = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
-    return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    # A head that is told to stop would wait 30 s for its drained self.
+    return kept | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    }
