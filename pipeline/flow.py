@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -48,6 +49,7 @@ MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 128, 1024
 READ_TASK_BYTES = 64 * 2**20
 MAX_COMMITS = 16  # under way at once; more pieces than that wait in the object store
 STOP_GRACE_S = 20.0
+PUMP_GRACE_S = 5.0
 BATCH_SIZE = {"cpu": 32, "cuda": 256}
 
 
@@ -301,8 +303,17 @@ class Run:
             self._finish_commits()
             raise
         finally:
+            self._stop(pump)
             for number in self._progress.unsettled():
                 self._open(number, "the run ended before it was complete")
+
+    def _stop(self, pump: threading.Thread) -> None:
+        """End an execution that nobody reads any more; in a cluster that goes on it would keep its actors."""
+        self._stopping.set()
+        deadline = time.monotonic() + PUMP_GRACE_S
+        while pump.is_alive() and time.monotonic() < deadline:
+            with suppress(queue.Empty):
+                self._bundles.get(timeout=0.1)
 
     def _pump(self, dataset: Dataset) -> None:
         """Hand the references to finished blocks to the loop, which may be busy: Ray Data blocks while it waits."""
