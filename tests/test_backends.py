@@ -62,11 +62,11 @@ def half_a_put(target: Path) -> Iterator[subprocess.Popen[bytes]]:
         ("/data/x", "file:///data/x"),
         ("/data/./y/../x/", "file:///data/x"),
         ("//data/x", "file:///data/x"),
-        ("x y", "file:///work/x y"),
+        ("x y", "file:///here/x y"),
         ("../x", "file:///x"),
         ("~/x", "file:///home/me/x"),
         ("file:///data/x", "file:///data/x"),
-        ("file://x", "file:///work/x"),
+        ("file://x", "file:///here/x"),
         ("local:///data/x", "file:///data/x"),
         ("/", "file:///"),
         ("s3://bucket/a//b/../c/", "s3://bucket/a//b/../c/"),
@@ -78,7 +78,7 @@ def half_a_put(target: Path) -> Iterator[subprocess.Popen[bytes]]:
 )
 def test_canonical(url: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    monkeypatch.setattr(os, "getcwd", lambda: "/work")
+    monkeypatch.setattr(os, "getcwd", lambda: "/here")
     assert canonical(url) == expected
     assert canonical(expected) == expected
 
