@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input $(if 
 PIP_LOCKED := $(PIP) --require-hashes --no-deps --only-binary :all:
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lock clean
+.PHONY: help demo test check audit lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-7s %s\n", $$1, $$2 }'
@@ -38,6 +38,9 @@ check: $(VENV)/.dev ## format, lint, types, import contract and tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
+
+audit: $(VENV)/.dev ## ask OSV about known vulnerabilities of the locked packages
+	$(BIN)/python scripts/audit.py
 
 lock: | $(BIN)/pip ## make the lock files anew from pyproject.toml (Linux x86-64, Python 3.11)
 	$(BIN)/python scripts/lock.py

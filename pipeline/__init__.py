@@ -12,12 +12,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.api import demo, init, plan, predict, preview, read, run, status, submit, verify
+    from pipeline.api import dead_letters, demo, init, plan, predict, preview, prune, read, run, status, submit, verify
     from pipeline.config import JobConfig, load_config
     from pipeline.model.zoo import get_resnet
 
 __all__ = [
     "JobConfig",
+    "dead_letters",
     "demo",
     "get_resnet",
     "init",
@@ -25,6 +26,7 @@ __all__ = [
     "plan",
     "predict",
     "preview",
+    "prune",
     "read",
     "run",
     "status",

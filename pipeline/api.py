@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,10 @@ from pipeline.errors import ConfigError
 from pipeline.storage import Store
 
 if TYPE_CHECKING:
+    from pipeline.error_rows import DeadLetters
     from pipeline.overview import Status
     from pipeline.planning import Plan
+    from pipeline.pruning import Pruned
     from pipeline.report import RunReport
     from pipeline.verification import Verification
 
@@ -30,8 +32,10 @@ def _load(config: Config) -> JobConfig:
     return make_config(config) if isinstance(config, Mapping) else load_config(config)
 
 
-def run(config: Config) -> RunReport:
+def run(config: Config, retry_errors: Iterable[str] | str = ()) -> RunReport:
     """Label and embed what is new or changed in the input; commit shard by shard; say what was done.
+
+    With `retry_errors`, names of error classes or "all", shards that are done and have such error rows are done again.
 
     `config` is a JobConfig, a mapping with its sections, or the path of a YAML file. Uses the Ray that this process
     is connected to, the cluster that runs this job, or what `runtime.address` names. The report's `exit_code` is 0
@@ -40,10 +44,10 @@ def run(config: Config) -> RunReport:
     """
     from pipeline.running import run as run_job
 
-    return run_job(_load(config))
+    return run_job(_load(config), retry_errors)
 
 
-def plan(config: Config) -> Plan:
+def plan(config: Config, retry_errors: Iterable[str] | str = ()) -> Plan:
     """What a run would do now: the shards that are new or changed, those done, those gone. Opens no shard."""
     from pipeline.model.spec import make_spec
     from pipeline.outputs.dataset import Dataset
@@ -53,14 +57,49 @@ def plan(config: Config) -> Plan:
     spec = make_spec(job)
     dataset = Dataset(job.output.url, Store(job.output_storage))
     dataset.check_identity({"model_fingerprint": spec.fingerprint, "model": spec.identity})
-    return make_plan(job)
+    return make_plan(job, retry_errors)
+
+
+def prune(config: Config, yes: bool = False) -> Pruned:
+    """The shards that stand in the dataset and are gone from the input. With `yes` they are removed from the dataset,
+    unless they change meanwhile. Nothing else removes them."""
+    from pipeline.pruning import prune_dataset
+
+    return prune_dataset(_load(config), yes)
 
 
 def status(url: str, config: Config | None = None) -> Status:
-    """What the dataset at `url` is, how much it holds, and its last runs. A config is needed for storage options."""
+    """What the dataset at `url` is, how much it holds, its last runs, and which shards are gone from the input.
+
+    The input is that of the last run, unless a config is given; its storage options are used as well.
+    """
     from pipeline.overview import read_status
 
-    return read_status(url, _store(config))
+    return read_status(url, _store(config), _load(config) if config is not None else None)
+
+
+def dead_letters(
+    url: str,
+    classes: Iterable[str] | str = (),
+    export: str | Path | None = None,
+    limit: int = 100,
+    config: Config | None = None,
+) -> DeadLetters:
+    """The error rows of the dataset at `url`, of some classes or of all, counted by class and by shard.
+
+    With `export`, a local folder, the bytes behind at most `limit` of them are written there for a look, each to
+    `<shard id>/<index>-<end of its key>`; source shards are found with the config of the last run, or the given one.
+    """
+    from pipeline.error_rows import count_errors, export_errors
+    from pipeline.outputs.dataset import Dataset
+
+    job = _load(config) if config is not None else None
+    dataset = Dataset(url, Store(job.output_storage) if job is not None else Store())
+    classes = [classes] if isinstance(classes, str) else list(classes)
+    found = count_errors(dataset, classes)
+    if export is not None:
+        found.export = export_errors(dataset, found, export, limit, classes, job)
+    return found
 
 
 def verify(url: str, sample: int = 0, config: Config | None = None) -> Verification:

@@ -13,10 +13,11 @@ import stat
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, NamedTuple, Protocol
 
 from pipeline.config import digest
 from pipeline.errors import ConfigError
@@ -39,6 +40,33 @@ class FileInfo:
 
 
 Page = tuple[list[FileInfo], str | None]
+
+
+class Opened(NamedTuple):
+    """A stream, and the version of what it reads."""
+
+    file: IO[bytes]
+    version: str
+    size: int  # bytes
+    md5: str | None = None  # of the whole content, where nothing else shows that it arrives undamaged
+
+
+_ends: ContextVar[float] = ContextVar("ends", default=float("inf"))
+
+
+@contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """The time in which a call of a store must end, all its attempts included."""
+    token = _ends.set(time.monotonic() + seconds)
+    try:
+        yield
+    finally:
+        _ends.reset(token)
+
+
+def time_left() -> float:
+    """Seconds to the deadline; infinite without one."""
+    return _ends.get() - time.monotonic()
 
 
 def canonical(url: str) -> str:
@@ -83,8 +111,7 @@ class Backend(Protocol):
 
     def info(self, url: str) -> FileInfo: ...
 
-    def open(self, url: str, read_ahead: bool) -> tuple[IO[bytes], str]:
-        """A stream and the version of what it reads."""
+    def open(self, url: str, read_ahead: bool) -> Opened: ...
 
     def read(self, url: str) -> tuple[bytes, str]:
         """A whole file and its version."""
@@ -112,14 +139,15 @@ class LocalDisk:
             raise FileNotFoundError(f"there is no file {path}")
         return info
 
-    def open(self, url: str, read_ahead: bool) -> tuple[IO[bytes], str]:
+    def open(self, url: str, read_ahead: bool) -> Opened:
         file = local_path(url).open("rb", buffering=2**20 if read_ahead else -1)
-        return file, _version_of(os.fstat(file.fileno()))
+        found = os.fstat(file.fileno())
+        return Opened(file, _version_of(found), found.st_size)
 
     def read(self, url: str) -> tuple[bytes, str]:
-        file, version = self.open(url, read_ahead=False)
-        with file:
-            return file.read(), version
+        opened = self.open(url, read_ahead=False)
+        with opened.file as file:
+            return file.read(), opened.version
 
     def put(self, url: str, data: bytes | Path) -> str:
         with _Temporary(local_path(url)) as temporary:
@@ -218,10 +246,17 @@ def _sync_folder(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove temporary files below a folder whose writer is dead: a living one holds a lock."""
+    """Remove temporary files below a folder whose writer is dead."""
+    for path in leftovers(folder):
+        with suppress(FileNotFoundError, PermissionError):
+            path.unlink()
+
+
+def leftovers(folder: Path) -> Iterator[Path]:
+    """Temporary files below a folder whose writer is dead: a living one holds a lock, which is ours until the next."""
     for path in folder.rglob(".*.tmp"):
         if TEMPORARY.fullmatch(path.name):
             # "r+b", since a network file system locks for writing only what is open for writing.
             with suppress(FileNotFoundError, PermissionError, BlockingIOError), path.open("r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
+                yield path

@@ -7,14 +7,14 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
@@ -25,7 +25,13 @@ from pipeline.config import JobConfig, load_config
 from pipeline.errors import ExitCode, PipelineError, redact
 from pipeline.report import facts, summary
 
+if TYPE_CHECKING:
+    from pipeline.error_rows import DeadLetters
+    from pipeline.pruning import Pruned
+
 NOT_A_TERMINAL = 10_000  # columns: a log or a pipe gets whole lines
+SHOWN_GONE = 10  # shards; --json has all
+SHOWN_SHARDS = 20
 
 app = typer.Typer(
     name="resnet-batch",
@@ -43,7 +49,14 @@ ConfigArguments = Annotated[
 ]
 OutputUrl = Annotated[str, typer.Argument(help="The dataset: a folder or s3://…", metavar="OUTPUT_URL")]
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="Take the storage options from this config.")
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="Take input and storage from this config, not the last run's."),
+]
+RetryOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="CLASS[,CLASS…]", help="Do shards again that are done and have such error rows; `all` for every class."
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks and all log messages.")]
@@ -66,6 +79,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         "run nightly.yaml model.name=resnet18 model.weights=IMAGENET1K_V1",
         "run input.url=photos/ output.url=labels",
         "run nightly.yaml --limit 5",
+        "run nightly.yaml --retry-errors too_large,truncated",
     )
 )
 def run(
@@ -73,6 +87,7 @@ def run(
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Print the first N samples, write nothing.")
     ] = None,
+    retry_errors: RetryOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -83,27 +98,36 @@ def run(
             rows = api.preview(config, limit)
             _print(rows.to_pylist(), as_json, out, lambda: _rows_table(rows))
             return
-        report = api.run(config)
+        report = api.run(config, retry_errors or ())
         _print(report, as_json, out, lambda: summary(report))
         raise typer.Exit(report.exit_code)
 
 
-@app.command(epilog=_examples("plan nightly.yaml", "plan nightly.yaml --json"))
-def plan(arguments: ConfigArguments = None, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+@app.command(epilog=_examples("plan nightly.yaml", "plan nightly.yaml --json", "plan nightly.yaml --retry-errors all"))
+def plan(
+    arguments: ConfigArguments = None,
+    retry_errors: RetryOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
     """What would run: shards, bytes, already done, gone from the input. Computes nothing."""
     with _reporting(debug) as out:
-        found = api.plan(_config(arguments))
+        found = api.plan(_config(arguments), retry_errors or ())
         result = {
             "todo": [redact(task.shard.url) for task in found.tasks],
             "bytes": found.num_bytes,
             "changed": [redact(url) for url in found.changed],
+            "retried": [redact(url) for url in found.retried],
             "done": len(found.done),
             "gone": found.gone,
         }
+        why = f"{len(found.changed)} changed"
+        if found.retried:
+            why += f", {len(found.retried)} for their error rows"
         rows = {
-            "to do": f"{len(found.tasks)} shards, {found.num_bytes / 1e6:,.1f} MB ({len(found.changed)} changed)",
+            "to do": f"{len(found.tasks)} shards, {found.num_bytes / 1e6:,.1f} MB ({why})",
             "done": f"{len(found.done)} shards",
-            "gone": f"{len(found.gone)} shards stand in the output and are no longer in the input",
+            "gone": _gone(found.gone),
         }
         _print(result, as_json, out, lambda: facts(rows))
 
@@ -112,7 +136,7 @@ def plan(arguments: ConfigArguments = None, as_json: JsonOption = False, debug: 
 def status(
     url: OutputUrl, config: ConfigOption = None, as_json: JsonOption = False, debug: DebugOption = False
 ) -> None:
-    """What the dataset is, how much it holds, and its last runs."""
+    """What the dataset is, how much it holds, its last runs, and what of it is gone from the input."""
     with _reporting(debug) as out:
         found = api.status(url, config)
         rows = {
@@ -122,8 +146,49 @@ def status(
             ),
             "shards": f"{found.shards} complete, {len(found.incomplete)} to be done again",
             "rows": f"{found.predicted:,} predicted, {found.errors:,} errors, {found.num_bytes / 1e6:,.1f} MB",
+            "gone": found.note or _gone(found.gone),
         } | {run["run_id"]: f"{run['message']} ({run['seconds'] or 0:.0f} s)" for run in found.last_runs}
         _print(found, as_json, out, lambda: facts(rows))
+
+
+@app.command(
+    epilog=_examples(
+        "errors s3://bucket/labels",
+        "errors labels --class too_large --class truncated --export bad --limit 20",
+    )
+)
+def errors(
+    url: OutputUrl,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option("--class", metavar="NAME", help="Only error rows of this class; can be repeated."),
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write the bytes of the bad samples there, for a look.")
+    ] = None,
+    *,
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Export at most so many.")] = 100,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """The error rows, counted by class and by shard; on request the bytes behind them."""
+    with _reporting(debug) as out:
+        found = api.dead_letters(url, classes or (), export, limit, config)
+        _print(found, as_json, out, lambda: _errors_shown(found))
+
+
+@app.command(epilog=_examples("prune nightly.yaml", "prune nightly.yaml --yes"))
+def prune(
+    arguments: ConfigArguments = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove them. Without it, nothing is removed.")] = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show the shards that are gone from the input; with --yes, remove them from the dataset."""
+    with _reporting(debug) as out:
+        found = api.prune(_config(arguments), yes)
+        _print(found, as_json, out, lambda: _pruned_shown(found))
 
 
 @app.command(epilog=_examples("verify s3://bucket/labels", "verify labels --sample 20 --config nightly.yaml"))
@@ -222,11 +287,12 @@ def _reporting(debug: bool) -> Iterator[TextIO]:
             yield out
     except PipelineError as error:
         if debug:
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), file=sys.stderr)  # a cause may name a URL that it was sent on to
         text = Text.assemble(("error: ", "bold red"), str(error))
         Console(stderr=True, soft_wrap=True).print(text)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
+        print("stopped on request. What is committed stays: run again to go on.", file=sys.stderr)
         raise typer.Exit(ExitCode.INCOMPLETE) from None
 
 
@@ -249,13 +315,62 @@ def _print(result: Any, as_json: bool, out: TextIO, shown: Callable[[], Renderab
         Console(file=out, width=None if out.isatty() else NOT_A_TERMINAL, highlight=False).print(shown())
 
 
+def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """Columns of text; brackets in a value are no markup."""
+    table = Table(*header, box=None)
+    for row in rows:
+        table.add_row(*(Text(str(value)) for value in row))
+    return table
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _gone(ids: Sequence[str]) -> str:
+    lines = [f"{len(ids)} shards stand in the output and are no longer in the input", *ids[:SHOWN_GONE]]
+    return "\n".join([*lines, *([f"and {len(ids) - SHOWN_GONE} more"] if len(ids) > SHOWN_GONE else [])])
+
+
+def _errors_shown(found: DeadLetters) -> RenderableType:
+    more = len(found.shards) - SHOWN_SHARDS
+    lines = [f" and {_number(more, 'more shard')}"] if more > 0 else []
+    if (done := found.export) is not None:
+        lines.append(f"{_number(done.files, 'file')} written to {done.folder}")
+        if done.without_bytes:
+            lines.append(f"{_number(done.without_bytes, 'row')} of stage read: there are no bytes to export")
+        if done.left_out:
+            lines.append(f"{_number(done.left_out, 'row')} left out by --limit")
+        lines.extend(done.problems)
+    lines.extend(found.problems)
+    if not found.rows:
+        return Text("\n".join(["no error rows", *lines]))
+    shards = (
+        (shard.rows, shard.shard, ", ".join(f"{name} {rows}" for name, rows in shard.classes.items()))
+        for shard in found.shards[:SHOWN_SHARDS]
+    )
+    classes = ((one["rows"], one["stage"], one["error"]) for one in found.classes)
+    tables = (_table(["rows", "stage", "error"], classes), Text(), _table(["rows", "shard", "classes"], shards))
+    return Group(*tables, *map(Text, lines))
+
+
+def _pruned_shown(found: Pruned) -> RenderableType:
+    if not found.gone:
+        return Text("nothing to prune: every shard of the dataset is in the input")
+    rows = [
+        (gone.id, gone.shard, gone.predicted, gone.errors, "removed" if gone.removed else gone.kept or "to be removed")
+        for gone in found.gone
+    ]
+    end = f"{_number(len(found.removed), 'shard')} removed" if found.removed else "nothing was removed"
+    if found.removable:
+        end += f"; --yes removes {_number(len(found.removable), 'shard')}"
+    return Group(_table(["id", "shard", "rows", "errors", ""], rows), Text(end))
+
+
 def _rows_table(rows: Any) -> Table:
     """The samples of a preview, a line each."""
     shown = [name for name in ("key", "label", "score", "width", "height", "error") if name in rows.column_names]
-    table = Table(*shown, box=None)
-    for row in rows.select(shown).to_pylist():
-        table.add_row(*(Text(_cell(value)) for value in row.values()))
-    return table
+    return _table(shown, ([_cell(value) for value in row.values()] for row in rows.select(shown).to_pylist()))
 
 
 def _cell(value: Any) -> str:

@@ -48,7 +48,10 @@ def connected(config: JobConfig) -> Iterator[Cluster]:
         logging.getLogger(name).setLevel(level)
     ours = not ray.is_initialized()
     if ours:
-        _init(config.runtime.address)
+        try:
+            _init(config.runtime.address)
+        except SystemExit as stop:  # what ray.init's own handler makes of a SIGTERM meanwhile
+            raise KeyboardInterrupt from stop
     try:
         cluster = _describe()
         if cluster.num_nodes > 1:
@@ -67,14 +70,30 @@ def _init(address: str) -> None:
         ray.init(logging_level=logging.WARNING)
     elif address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(
-            "local", include_dashboard=False, _node_ip_address="127.0.0.1", logging_level=logging.WARNING
-        )  # loopback only: nothing of a local run can be reached from outside
+        with on_loopback():
+            ray.init("local", include_dashboard=False, logging_level=logging.WARNING)
     else:
         try:
             ray.init(address, logging_level=logging.WARNING)
         except ConnectionError as cause:
             raise FatalError(f"runtime.address: cannot connect to {address}: {cause}") from cause
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """All servers of a Ray that starts meanwhile listen on 127.0.0.1 alone.
+
+    By itself Ray listens on every interface, and replaces a loopback `_node_ip_address` by an outside one. Only where
+    it believes that there can be no cluster, as on a laptop, is loopback the address of its node.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _describe() -> Cluster:

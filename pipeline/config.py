@@ -22,10 +22,12 @@ from pydantic import (
 )
 from yaml import MarkedYAMLError, YAMLError
 
-from pipeline.config_errors import explain, is_secret, option_paths
-from pipeline.errors import ConfigError, has_password, redact
+from pipeline.config_errors import explain, has_secret, is_secret, option_paths
+from pipeline.errors import ConfigError, redact
 
 PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
@@ -39,10 +41,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def _harmless(url: str) -> str:
     if not url:
         raise ValueError("must not be empty")
-    if has_password(url):
+    if has_secret(url):
         raise ValueError(
-            "a name or password in a URL would be written into the dataset and its logs. Leave it out, and let the"
-            " environment hold what the store asks for"
+            "a name, a password or a signature in a URL would be written into the dataset and its logs. Leave it out,"
+            " and let the environment hold what the store asks for"
         )
     return url
 
@@ -98,7 +100,7 @@ class Storage(Section):
     @classmethod
     def _no_secrets(cls, options: dict[str, Any]) -> dict[str, Any]:
         for path, value in option_paths(options):
-            if is_secret(path) or (isinstance(value, str) and has_password(value)):
+            if is_secret(path) or (isinstance(value, str) and has_secret(value)):
                 raise ValueError(
                     f"{path} looks like a secret. Leave it out and set it in the environment"
                     " (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or an instance role)"
@@ -113,6 +115,8 @@ class Input(Section):
     key: str | None = None  # Parquet: the column to take keys from
     group_size: PositiveInt = 1000  # loose files: samples in a shard, on average
     max_pixels: PositiveInt = 50_000_000  # larger images, before or after resizing, become error rows
+    max_errors: NonNegativeInt | None = None  # more error rows than this in one run stop it
+    max_error_rate: Share | None = None  # so does a larger share of all samples (of 100 where they are fewer)
     allow_empty: bool = False  # an empty listing is an error unless this is set
     storage: Storage | None = None
 
@@ -162,7 +166,7 @@ class Output(Section):
 
 
 class Runtime(Section):
-    address: str = "local"
+    address: Url = "local"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     engine: Literal["auto", "eager", "compile", "openvino", "noop"] = "auto"
     actors: PositiveInt | Literal["auto"] = "auto"

@@ -6,14 +6,15 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from urllib.parse import parse_qsl
 
 from pydantic import ValidationError
 
-from pipeline.errors import redact
+from pipeline.errors import has_password, redact
 
 SECRET_WORDS = (
-    *("secret", "token", "password", "passwd", "credential", "authorization", "signature"),
-    *("accesskey", "accountkey", "customerkey", "connectionstring"),
+    *("secret", "token", "password", "passwd", "credential", "authorization", "signature", "cookie"),
+    *("accesskey", "accountkey", "apikey", "customerkey", "connectionstring"),
 )
 
 # By pydantic's type of error: what the key may hold instead. In braces: from the error's context.
@@ -107,7 +108,14 @@ def _got(path: str, value: Any) -> str:
 def is_secret(path: str) -> bool:
     """Whether the last name of a path sounds like a secret's."""
     name = path.rpartition(".")[2].lower()
-    return name in ("key", "sas") or any(word in name.replace("_", "") for word in SECRET_WORDS)
+    plain = name.replace("_", "").replace("-", "")
+    return name in ("key", "sas", "sig") or any(word in plain for word in SECRET_WORDS)
+
+
+def has_secret(url: str) -> bool:
+    """Whether a URL holds a name or password, or a query parameter that sounds like a secret, as presigned ones do."""
+    query = url.partition("://")[2].partition("?")[2]
+    return has_password(url) or any(is_secret(name) for name, _ in parse_qsl(query, keep_blank_values=True))
 
 
 def option_paths(options: Any, above: str = "") -> Iterator[tuple[str, Any]]:

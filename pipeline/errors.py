@@ -8,6 +8,8 @@
     │   └── WeightsError
     ├── TransientError            3  a store that is down: what is committed stays, run again
     │   ├── StoreUnavailable
+    │   ├── StoreFull                no room: never tried again, since nothing frees itself
+    │   ├── Stopped                  a run that gave up early: its error budget, workers that only die
     │   └── OutcomeUnknown           a write whose answer was lost: it may stand
     ├── NotFound                     the file does not exist
     ├── PreconditionFailed           a conditional write lost against another one
@@ -66,6 +68,14 @@ class StoreUnavailable(TransientError):
     pass
 
 
+class StoreFull(TransientError):
+    pass
+
+
+class Stopped(TransientError):
+    pass
+
+
 class OutcomeUnknown(TransientError):
     pass
 
@@ -119,12 +129,17 @@ _CODES: dict[str, type[PipelineError]] = {
     "PreconditionFailed": PreconditionFailed,
     "501": FatalError,
     "NotImplemented": FatalError,
+    "507": StoreFull,
+    "QuotaExceeded": StoreFull,
+    "XMinioStorageFull": StoreFull,
 }
 
 _ERRNOS: dict[int, type[PipelineError]] = {
     errno.ELOOP: ConfigError,
     errno.ENAMETOOLONG: ConfigError,
     errno.EROFS: AccessDenied,
+    errno.EDQUOT: StoreFull,
+    errno.ENOSPC: StoreFull,
 }
 
 # Class names along the MRO, so that no store's library is imported here just to name its errors.
@@ -136,6 +151,7 @@ _TYPES: dict[str, type[PipelineError]] = {
     "SSOError": AccessDenied,
     "TokenRetrievalError": AccessDenied,
     "InvalidURL": ConfigError,
+    "RedirectClientError": ConfigError,  # a web server that sends on to what is no web address
     "ParamValidationError": ConfigError,
     "ValueError": ConfigError,  # what fsspec and botocore say to a URL or an option that makes no sense
     "FileNotFoundError": NotFound,
@@ -159,6 +175,7 @@ _ADVICE: dict[type[PipelineError], str] = {
     ConfigError: "Check the URL and the storage section of the config.",
     NotFound: "Check the spelling, and that it exists.",
     StoreUnavailable: "Run again when the store answers; what is committed stays.",
+    StoreFull: "Free space and run again; what is committed stays.",
     SourceChanged: "It changed while it was read; the next run takes the new version.",
 }
 
@@ -175,7 +192,9 @@ def translate(cause: BaseException, doing: str, url: str) -> PipelineError:
         cause = cause.__cause__  # fsspec says so whatever went wrong with a web server
     kind = _kind_by_code(cause) or _kind_by_errno(cause) or _kind_by_name(cause) or StoreUnavailable
     advice = _ADVICE.get(kind, "")
-    return kind(f"cannot {doing} {redact(url)}: {clean(cause)}. {advice}".rstrip())
+    # Timeouts often have no text of their own.
+    what = "no answer in time" if isinstance(cause, TimeoutError) and not str(cause) else clean(cause)
+    return kind(f"cannot {doing} {redact(url)}: {what}. {advice}".rstrip())
 
 
 def _kind_by_code(cause: BaseException) -> type[PipelineError] | None:

@@ -1,4 +1,4 @@
-"""What a dataset is and how much it holds, from listings and the marks; opens no part."""
+"""What a dataset is, how much it holds and what of its input is gone, from listings and the marks; opens no part."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.errors import FatalError, NotFound, clean
+from pipeline.config import JobConfig, make_config
+from pipeline.errors import ConfigError, FatalError, NotFound, PipelineError, clean
+from pipeline.inputs.shards import Shard, discover
 from pipeline.outputs.dataset import Dataset
 from pipeline.storage import Store
 
 LAST_RUNS = 5
+INPUT_DEADLINE_S = 20.0  # of a call to the input's store: an input that is down must not keep the rest from being shown
 SHOWN = ("run_id", "started_at", "exit_code", "message", "predicted", "errors", "seconds", "images_per_s")
 
 
 @dataclass(frozen=True)
 class Status:
-    """`incomplete` are the ids of shards whose part, errors part and mark don't agree; a run does them again."""
+    """`incomplete` are the ids of shards whose part, errors part and mark don't agree; a run does them again.
+    `gone` are those that the input has no more; `note` says why that is not known, where it is not."""
 
     url: str
     model: dict[str, Any] = field(default_factory=dict)
@@ -26,11 +30,14 @@ class Status:
     errors: int = 0
     num_bytes: int = 0
     incomplete: list[str] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
+    note: str = ""
     last_runs: list[dict[str, Any]] = field(default_factory=list)
 
 
-def read_status(url: str, store: Store) -> Status:
-    """Raises NotFound where there is no dataset."""
+def read_status(url: str, store: Store, config: JobConfig | None = None) -> Status:
+    """What is gone is told by the input of this config or of the last run's. Raises NotFound where there is no
+    dataset."""
     dataset = Dataset(url, store)
     identity = dataset.identity()
     if identity is None:
@@ -43,6 +50,7 @@ def read_status(url: str, store: Store) -> Status:
         raise FatalError(
             f"a mark in {dataset.path('_ledger')} is damaged: {clean(cause)}. `resnet-batch verify {url}` names it."
         ) from cause
+    listed, note = _listed_now(dataset, config)
     return Status(
         url=url,
         model=identity["model"],
@@ -52,16 +60,53 @@ def read_status(url: str, store: Store) -> Status:
         errors=sum(errors for _, errors in counts),
         num_bytes=sum(file.size for file in store.find(dataset.path("data"))),
         incomplete=sorted(name for name, found in standing.items() if found.valid_mark is None),
+        gone=sorted(standing.keys() - listed) if listed is not None else [],
+        note=note,
         last_runs=_last_runs(dataset),
     )
 
 
+def _listed_now(dataset: Dataset, config: JobConfig | None) -> tuple[set[str] | None, str]:
+    """The ids of the input's shards as they are now; or None, and why that cannot be told."""
+    try:
+        config = config or last_config(dataset, "status")
+        options = config.input_storage
+        options = options.model_copy(update={"deadline_s": min(options.deadline_s, INPUT_DEADLINE_S)})
+        return {shard.id for shard in discover(config.input, Store(options))}, ""
+    except PipelineError as cause:
+        return None, f"what is gone from the input is not known: {cause}"
+
+
+def last_config(dataset: Dataset, who: str) -> JobConfig:
+    """The config of the last run. Raises ConfigError, with the name of `who` asks, where no report tells it."""
+    reports = _reports(dataset)
+    if not reports:
+        raise ConfigError(
+            f"{who} takes the config that the rows were made with, and no report tells how they were made."
+            " Give --config."
+        )
+    try:
+        return make_config(json.loads(dataset.store.read(reports[0]))["config"])
+    except (ConfigError, ValueError, KeyError, TypeError) as cause:
+        raise ConfigError(
+            f"{who} takes the config of the last run, {reports[0]}: {clean(cause)}. Give --config."
+        ) from cause
+
+
+def listed_shards(config: JobConfig) -> dict[str, Shard]:
+    """The shards of the input by id; an input that is empty now has none."""
+    lenient = config.input.model_copy(update={"allow_empty": True})
+    return {shard.id: shard for shard in discover(lenient, Store(config.input_storage))}
+
+
+def _reports(dataset: Dataset) -> list[str]:
+    """The URLs of the runs' reports, newest first: run ids begin with the time."""
+    found = dataset.store.find(dataset.path("_runs"))
+    return sorted((file.url for file in found if file.url.endswith("/report.json")), reverse=True)
+
+
 def _last_runs(dataset: Dataset) -> list[dict[str, Any]]:
-    """The newest reports, newest first; run ids begin with the time."""
-    urls = sorted(
-        (f.url for f in dataset.store.find(dataset.path("_runs")) if f.url.endswith("/report.json")), reverse=True
-    )
-    return [_summary(dataset, url) for url in urls[:LAST_RUNS]]
+    return [_summary(dataset, url) for url in _reports(dataset)[:LAST_RUNS]]
 
 
 def _summary(dataset: Dataset, url: str) -> dict[str, Any]:

@@ -16,25 +16,30 @@ from __future__ import annotations
 import bisect
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 
 from pipeline.config import JobConfig
+from pipeline.error_classes import ERROR_CLASSES, choose_classes
 from pipeline.inputs.shards import Shard, discover, relative
 from pipeline.outputs.dataset import Dataset
 from pipeline.outputs.ledger import Standing
 from pipeline.outputs.schema import Footer
 from pipeline.storage import Store
 
+PARTS_AT_ONCE = 16  # whose error classes are read
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """A shard to do. `after` is the place in the plan of a group whose commit must come first; `retires` are ids of
-    vanished groups whose files this one takes."""
+    vanished groups whose files this one takes; `replaces` is the commit that a redo for its error rows replaces."""
 
     shard: Shard
     after: int | None = None
     retires: tuple[str, ...] = ()
+    replaces: str | None = None
 
     @property
     def last_path(self) -> str:
@@ -61,6 +66,7 @@ class Plan:
     tasks: list[Task]
     done: list[Shard] = field(default_factory=list)  # committed with the present fingerprint
     changed: list[str] = field(default_factory=list)  # URLs among the tasks that stand with another fingerprint
+    retried: list[str] = field(default_factory=list)  # URLs among the tasks that are done, but for their error rows
     gone: list[str] = field(default_factory=list)  # ids that stand in the dataset and are not in the input
 
     @property
@@ -69,15 +75,31 @@ class Plan:
         return sum(task.shard.size for task in self.tasks)
 
 
-def make_plan(config: JobConfig) -> Plan:
-    """List input and output and compare them.
+def make_plan(config: JobConfig, retry_errors: Iterable[str] | str = ()) -> Plan:
+    """List input and output and compare them. With `retry_errors`, done shards with error rows of these classes are
+    to be done again.
 
-    Raises ConfigError for an empty listing, and what the store answers where it cannot be listed.
+    Raises ConfigError for an empty listing and an unknown class, and what the store answers where it cannot be listed.
     """
+    classes = choose_classes(retry_errors)
     shards = discover(config.input, Store(config.input_storage))
     dataset = Dataset(config.output.url, Store(config.output_storage))
     standing = dataset.standing()
-    return compare(shards, standing, _vanished_groups(shards, standing, dataset))
+    redo = _with_errors(shards, standing, dataset, classes) if classes else ()
+    return compare(shards, standing, _vanished_groups(shards, standing, dataset), redo)
+
+
+def _with_errors(
+    shards: list[Shard], standing: Mapping[str, Standing], dataset: Dataset, classes: Collection[str]
+) -> Collection[str]:
+    """The ids of done shards that have error rows of these classes."""
+    done = [shard.id for shard in shards if _fingerprint(standing, shard.id) == shard.fingerprint]
+    candidates = [name for name in done if standing[name].errors is not None]
+    if len(classes) == len(ERROR_CLASSES):
+        return set(candidates)
+    with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
+        found = pool.map(dataset.error_classes, candidates)
+        return {name for name, theirs in zip(candidates, found, strict=True) if not theirs.isdisjoint(classes)}
 
 
 def _vanished_groups(shards: list[Shard], standing: Mapping[str, Standing], dataset: Dataset) -> list[Vanished]:
@@ -98,25 +120,35 @@ def vanished_groups(shard_id: str, footers: Iterable[Footer], roots: Iterable[st
                 yield Vanished(shard_id, root, footer.shard.removeprefix(f"{root}#"), footer.last_path)
 
 
-def compare(shards: Iterable[Shard], standing: Mapping[str, Standing], vanished: Iterable[Vanished] = ()) -> Plan:
-    """The plan, as a pure function."""
+def compare(
+    shards: Iterable[Shard],
+    standing: Mapping[str, Standing],
+    vanished: Iterable[Vanished] = (),
+    redo: Collection[str] = (),
+) -> Plan:
+    """The plan, as a pure function. `redo` are ids of shards to do again though they are done."""
     listed = list(shards)
     standing_urls = sorted(shard.url for shard in listed if shard.kind == "files" and shard.id in standing)
     old = _ByRoot(vanished)
-    todo: dict[str, tuple[Shard, tuple[str, ...]]] = {}
+    todo: list[Task] = []
     done: list[Shard] = []
     for shard in listed:
         retires = old.among(shard) if shard.kind == "files" else ()
+        mark = standing[shard.id].valid_mark if shard.id in standing else None
+        is_done = mark is not None and mark.fingerprint == shard.fingerprint
+        replaces = mark.commit if mark is not None and is_done and shard.id in redo else None
         # A group may be done and a vanished one reach among its files: a rival that planned before us wrote it later.
-        if _fingerprint(standing, shard.id) == shard.fingerprint and not retires:
+        if is_done and not retires and replaces is None:
             done.append(shard)
         else:
-            todo[shard.url] = shard, retires
-    places = {url: place for place, url in enumerate(todo)}
+            todo.append(Task(shard, None, retires, replaces))
+    # What is only redone has its files already: nobody needs to wait for it.
+    places = {task.shard.url: place for place, task in enumerate(todo) if task.replaces is None}
     return Plan(
-        tasks=[Task(shard, places.get(_before(shard, standing_urls)), retires) for shard, retires in todo.values()],
+        tasks=[replace(task, after=places.get(_before(task.shard, standing_urls))) for task in todo],
         done=done,
-        changed=[shard.url for shard, _ in todo.values() if shard.id in standing],
+        changed=[task.shard.url for task in todo if task.shard.id in standing and task.replaces is None],
+        retried=[task.shard.url for task in todo if task.replaces is not None],
         gone=sorted(standing.keys() - {shard.id for shard in listed}),
     )
 

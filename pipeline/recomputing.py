@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,14 +10,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipeline.config import JobConfig, Runtime, make_config
-from pipeline.errors import ConfigError
-from pipeline.inputs.shards import Shard, discover
+from pipeline.config import JobConfig, Runtime
+from pipeline.inputs.shards import Shard
 from pipeline.local import predict_rows
 from pipeline.model.spec import make_spec
 from pipeline.outputs.dataset import PARQUET, Dataset
 from pipeline.outputs.schema import Footer
-from pipeline.storage import Store
+from pipeline.overview import last_config, listed_shards
 
 MAX_PARTS = 8  # that the sampled rows come from
 MIN_COSINE = 0.99  # of the centred embeddings of another engine or processor
@@ -43,7 +41,7 @@ def recompute(dataset: Dataset, footers: Mapping[str, Footer], sample: int, conf
     config = config or _last_config(dataset)
     spec = make_spec(config)
     dataset.check_identity({"model_fingerprint": spec.fingerprint, "model": spec.identity})
-    shards = {shard.id: shard for shard in discover(_lenient(config).input, Store(config.input_storage))}
+    shards = listed_shards(config)
     fingerprints = {name: shard.fingerprint for name, shard in shards.items()}
     there = [name for name, footer in footers.items() if fingerprints.get(name) == footer.shard_fingerprint]
     result = Recomputed()
@@ -58,20 +56,8 @@ def recompute(dataset: Dataset, footers: Mapping[str, Footer], sample: int, conf
     return result
 
 
-def _lenient(config: JobConfig) -> JobConfig:
-    return config.model_copy(update={"input": config.input.model_copy(update={"allow_empty": True})})
-
-
 def _last_config(dataset: Dataset) -> JobConfig:
-    reports = sorted(f.url for f in dataset.store.find(dataset.path("_runs")) if f.url.endswith("/report.json"))
-    if not reports:
-        raise ConfigError("--sample recomputes rows, and no report tells how they were made. Give --config.")
-    try:
-        config = make_config(json.loads(dataset.store.read(reports[-1]))["config"])
-    except (ConfigError, ValueError, KeyError, TypeError) as cause:
-        raise ConfigError(
-            f"--sample takes the config of the last run, {reports[-1]}: {cause}. Give --config."
-        ) from cause
+    config = last_config(dataset, "--sample")
     is_noop = config.runtime.engine == "noop"
     return config.model_copy(update={"runtime": Runtime(engine="noop" if is_noop else "auto")})
 

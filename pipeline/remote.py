@@ -5,6 +5,8 @@ As in `backends.py`, URLs are canonical and errors are the store's own.
 
 from __future__ import annotations
 
+import hashlib
+import re
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -13,9 +15,9 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.spec import AbstractBufferedFile
 
-from pipeline.backends import FileInfo, Page
+from pipeline.backends import FileInfo, Opened, Page, deadline, time_left
 from pipeline.config import Storage
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StoreUnavailable, redact
 
 READ_AHEAD = 8 * 2**20  # bytes
 LIST_PAGE = 1000  # keys; S3's limit
@@ -31,18 +33,26 @@ class Fsspec:
     """Any filesystem of fsspec, for reading. Writing needs a store that answers with the version it wrote."""
 
     def __init__(self, protocol: str, options: Storage) -> None:
-        self.deadline_s = options.deadline_s
+        self._connect_s, self._deadline_s = options.connect_timeout_s, options.deadline_s
         arguments = self._arguments(options)
         self.fs = fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True, **arguments)
 
     def _arguments(self, options: Storage) -> dict[str, Any]:
         return dict(options.options)
 
-    def _call(self, method: str, *args: Any, timeout_s: float | None = None, **kwargs: Any) -> Any:
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self.fs, AsyncFileSystem):
             return getattr(self.fs, method)(*args, **kwargs)
-        call = getattr(self.fs, f"_{method}")
-        return sync(self.fs.loop, call, *args, timeout=timeout_s or self.deadline_s, **kwargs)
+        return self._within(getattr(self.fs, f"_{method}"), *args, **kwargs)
+
+    def _within(self, call: Any, *args: Any, limit_s: float = float("inf"), num_bytes: int = 0, **kwargs: Any) -> Any:
+        """Run a coroutine of the filesystem: until the deadline, or for `limit_s`, and longer with `num_bytes` to send.
+
+        An attempt that begins just before the deadline is given the time in which an error would be answered, so
+        that the store's last word is that error.
+        """
+        left_s = max(time_left(), self._connect_s)
+        return sync(self.fs.loop, call, *args, timeout=min(limit_s, left_s) + num_bytes / SLOWEST_UPLOAD, **kwargs)
 
     def page(self, folder: str, prefix: str, depth: int | None, token: str | None) -> Page:
         root = self.fs._strip_protocol(folder)
@@ -56,14 +66,14 @@ class Fsspec:
             raise FileNotFoundError(f"{url} is a folder")
         return _info(url, details)
 
-    def open(self, url: str, read_ahead: bool) -> tuple[IO[bytes], str]:
-        version = self.info(url).version
-        return self.fs.open(url, "rb", **_cache(read_ahead)), version
+    def open(self, url: str, read_ahead: bool) -> Opened:
+        info = self.info(url)
+        return Opened(self.fs.open(url, "rb", **_cache(read_ahead)), info.version, info.size)
 
     def read(self, url: str) -> tuple[bytes, str]:
-        file, version = self.open(url, read_ahead=False)
-        with file:
-            return file.read(), version
+        opened = self.open(url, read_ahead=False)
+        with opened.file as file:
+            return file.read(), opened.version
 
     def put(self, url: str, data: bytes | Path) -> str:
         raise self._read_only(url)
@@ -108,12 +118,13 @@ class Web(Fsspec):
             f"cannot list {folder}: a web server has no listings. Name each file, or a .txt list of them."
         )
 
-    def open(self, url: str, read_ahead: bool) -> tuple[IO[bytes], str]:
+    def open(self, url: str, read_ahead: bool) -> Opened:
         details = self._call("info", url)
         tag = str(details.get("ETag", ""))
         # Where the server has ETags, it refuses every range of another version.
         headers = {"If-Match": tag} if tag.startswith('"') else {}
-        return self.fs.open(url, "rb", headers=headers, **_cache(read_ahead)), _version(details)
+        file: IO[bytes] = self.fs.open(url, "rb", headers=headers, **_cache(read_ahead))
+        return Opened(file, _version(details), int(details["size"] or 0))
 
 
 # --- S3 ------------------------------------------------------------------------------------------------------------
@@ -124,7 +135,8 @@ class S3(Fsspec):
 
     def __init__(self, protocol: str, options: Storage) -> None:
         super().__init__(protocol, options)
-        self.fs.connect()  # asks nobody, but says what is wrong with the options
+        self._within(self.fs.set_session)  # says what is wrong with the options
+        self._is_plain = str(self.fs._s3.meta.endpoint_url).startswith("http://")
         self.fs.retries = 1  # ours are around it, with a deadline
         # Nothing else ends a PUT that gets no answer, and it should be tried again before the deadline.
         self._write_s = options.connect_timeout_s + 2 * options.read_timeout_s
@@ -155,26 +167,37 @@ class S3(Fsspec):
         head = self._object("head_object", url)
         return FileInfo(url, head["ContentLength"], _unquoted(head))
 
-    def open(self, url: str, read_ahead: bool) -> tuple[IO[bytes], str]:
-        info = self.info(url)
-        return _S3File(self, info, read_ahead), info.version
+    def open(self, url: str, read_ahead: bool) -> Opened:
+        head = self._object("head_object", url)
+        info = FileInfo(url, head["ContentLength"], _unquoted(head))
+        return Opened(_S3File(self, info, read_ahead), info.version, info.size, self._md5(head) if read_ahead else None)
 
     def read(self, url: str) -> tuple[bytes, str]:
-        return self.get(url)
+        data, answer = self.get(url)
+        md5 = self._md5(answer)
+        if md5 is not None and hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
+            raise damaged(url)
+        return data, _unquoted(answer)
 
-    def get(self, url: str, **conditions: str) -> tuple[bytes, str]:
-        """One GET, its body included in the deadline."""
+    def get(self, url: str, **conditions: str) -> tuple[bytes, dict[str, Any]]:
+        """One GET: its body, and what was answered. The deadline includes the body."""
         bucket, key = _bucket_and_key(url, is_file=True)
 
-        async def get() -> tuple[bytes, str]:
+        async def get() -> tuple[bytes, dict[str, Any]]:
             answer = await self.fs._call_s3("get_object", Bucket=bucket, Key=key, **conditions)
             try:
-                return await answer["Body"].read(), _unquoted(answer)
+                return await answer["Body"].read(), answer
             finally:
                 answer["Body"].close()
 
-        found: tuple[bytes, str] = sync(self.fs.loop, get, timeout=self.deadline_s)
+        found: tuple[bytes, dict[str, Any]] = self._within(get)
         return found
+
+    def _md5(self, answer: dict[str, Any]) -> str | None:
+        """The MD5 of an object, where the line has no TLS, which would protect it, and the ETag is its MD5."""
+        tag = _unquoted(answer)
+        is_keyed = "kms" in str(answer.get("ServerSideEncryption")) or "SSECustomerAlgorithm" in answer
+        return tag if self._is_plain and not is_keyed and re.fullmatch("[0-9a-f]{32}", tag) else None
 
     def put(self, url: str, data: bytes | Path) -> str:
         size = data.stat().st_size if isinstance(data, Path) else len(data)
@@ -190,16 +213,19 @@ class S3(Fsspec):
         self._object("delete_object", url)
 
     def _put_multipart(self, url: str, path: Path) -> str:
+        """Each part has a deadline of its own."""
         upload = self._object("create_multipart_upload", url)["UploadId"]
         parts: list[dict[str, Any]] = []
         try:
             with path.open("rb") as file:
                 while chunk := file.read(MULTIPART_CHUNK):
                     part = {"UploadId": upload, "PartNumber": len(parts) + 1}
-                    answer = self._object("upload_part", url, len(chunk), Body=chunk, **part)
+                    with deadline(self._deadline_s):
+                        answer = self._object("upload_part", url, len(chunk), Body=chunk, **part)
                     parts.append({"PartNumber": part["PartNumber"], "ETag": answer["ETag"]})
             whole = {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
-            return _unquoted(self._object("complete_multipart_upload", url, **whole))
+            with deadline(self._deadline_s):
+                return _unquoted(self._object("complete_multipart_upload", url, **whole))
         except BaseException:
             with suppress(Exception):  # best effort: parts that nobody completes cost money
                 self._object("abort_multipart_upload", url, UploadId=upload)
@@ -208,8 +234,10 @@ class S3(Fsspec):
     def _object(self, method: str, url: str, num_bytes: int = 0, **kwargs: Any) -> dict[str, Any]:
         """A request about one object, with a body of `num_bytes`."""
         bucket, key = _bucket_and_key(url, is_file=True)
-        timeout_s = self._write_s + num_bytes / SLOWEST_UPLOAD if "Body" in kwargs else self.deadline_s
-        answer: dict[str, Any] = self._call("call_s3", method, Bucket=bucket, Key=key, timeout_s=timeout_s, **kwargs)
+        limit_s = self._write_s if "Body" in kwargs else float("inf")
+        answer: dict[str, Any] = self._within(
+            self.fs._call_s3, method, Bucket=bucket, Key=key, limit_s=limit_s, num_bytes=num_bytes, **kwargs
+        )
         return answer
 
 
@@ -222,6 +250,13 @@ class _S3File(AbstractBufferedFile):  # type: ignore[misc]
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         return self._store.get(self._info.url, Range=f"bytes={start}-{end - 1}", IfMatch=f'"{self._info.version}"')[0]
+
+
+def damaged(url: str) -> StoreUnavailable:
+    return StoreUnavailable(
+        f"{redact(url)} arrived damaged: the MD5 of what came is not its ETag. Use an https:// endpoint, or run again;"
+        " if that does not help, the object itself is damaged, or its ETag is no MD5."
+    )
 
 
 def _unquoted(answer: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -111,6 +111,10 @@ class Counter:
         self._settle(size)
         self.report.open.append({"shard": redact(url), "reason": redact(reason)})
         log.warning("shard %s stays open: %s", redact(url), redact(reason))
+
+    def on_unfinished(self, urls: Sequence[str]) -> None:
+        """The run ends before these shards were complete."""
+        self.report.open += [{"shard": redact(url), "reason": "the run ended before it was complete"} for url in urls]
 
     def on_tick(self) -> None:
         """Called several times a second."""

@@ -7,14 +7,15 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 from pipeline.cluster import Cluster, connected
 from pipeline.config import JobConfig
-from pipeline.errors import ExitCode
+from pipeline.errors import ExitCode, TransientError
 from pipeline.model.spec import ModelSpec, make_spec
 from pipeline.outputs.commit import CommitContext, Committed
 from pipeline.outputs.dataset import Dataset, make_identity
@@ -22,28 +23,38 @@ from pipeline.planning import Plan, Task, make_plan
 from pipeline.report import Counter, RunReport, public_config, watching
 from pipeline.storage import Store
 
-if TYPE_CHECKING:
-    pass
-
 log = logging.getLogger(__name__)
 
 
-def run(config: JobConfig) -> RunReport:
+def run(config: JobConfig, retry_errors: Iterable[str] | str = ()) -> RunReport:
     """Do what is new or changed; see `pipeline.api.run`."""
+    with _terminable():
+        return _planned_run(config, retry_errors)
+
+
+def _planned_run(config: JobConfig, retry_errors: Iterable[str] | str) -> RunReport:
     started = time.monotonic()
     spec = make_spec(config)
     dataset = Dataset(config.output.url, Store(config.output_storage))
     dataset.check_identity({"model_fingerprint": spec.fingerprint, "model": spec.identity})
-    plan = make_plan(config)
+    plan = make_plan(config, retry_errors)
     dataset.store.sweep(dataset.url)
     report = _new_report(config, spec, plan)
     if plan.tasks:
-        with connected(config) as cluster:
+        with connected(config) as cluster, _terminable():
             _run(plan, config, spec, dataset, cluster, report)
     _conclude(report, len(plan.tasks))
     report.seconds = round(time.monotonic() - started, 3)
-    dataset.store.put(dataset.path("_runs", report.run_id, "report.json"), report.to_json().encode())
+    _leave(report, dataset)
     return report
+
+
+def _leave(report: RunReport, dataset: Dataset) -> None:
+    """Put the report where it belongs. What the run committed stands without it, so that is not worth failing for."""
+    try:
+        dataset.store.put(dataset.path("_runs", report.run_id, "report.json"), report.to_json().encode())
+    except TransientError as cause:
+        log.warning("this run leaves no report.json: %s", cause)
 
 
 def _new_report(config: JobConfig, spec: ModelSpec, plan: Plan) -> RunReport:
@@ -61,7 +72,7 @@ def _new_report(config: JobConfig, spec: ModelSpec, plan: Plan) -> RunReport:
 
 
 def _run(plan: Plan, config: JobConfig, spec: ModelSpec, dataset: Dataset, cluster: Cluster, report: RunReport) -> None:
-    from pipeline import flow
+    from pipeline import driver, flow
 
     job = flow.prepare(config, spec, cluster)
     settings = job.settings
@@ -71,15 +82,22 @@ def _run(plan: Plan, config: JobConfig, spec: ModelSpec, dataset: Dataset, clust
     identity = make_identity(
         spec.identity, spec.fingerprint, list(classes) if classes is not None else None, job.info.num_classes
     )
+    if not dataset.store.honours_conditions(dataset.path("_runs", report.run_id, "probe")):
+        log.warning(
+            "%s takes conditional writes for plain ones: two first runs with different models at once could mix."
+            " See to it that only one run writes there at a time",
+            dataset.url,
+        )
     dataset.claim_identity(identity)
     context = CommitContext(dataset, identity, settings.columns, settings.engine)
     with watching(report, len(plan.tasks), plan.num_bytes) as counter:
-        flow_run = flow.Run(plan.tasks, job, context, cluster, _Adapter(counter))
+        driving = driver.Run(plan.tasks, config, context, cluster, _Adapter(counter))
         try:
-            with _terminable():
-                flow_run.loop(flow.pieces(plan.tasks, job, cluster))
+            driving.loop(partial(flow.execute, flow.pieces(plan.tasks, job, cluster)))
         except KeyboardInterrupt:
             report.message = "stopped on request"
+        except TransientError as reason:
+            report.message = str(reason).rstrip(".")
         report.images_per_s = round(counter.images_per_s, 1)
 
 
@@ -97,10 +115,13 @@ class _Adapter:
     def on_open(self, task: Task, reason: str) -> None:
         self._counter.on_open(task.shard.url, task.shard.size, reason)
 
+    def on_unfinished(self, tasks: Sequence[Task]) -> None:
+        self._counter.on_unfinished([task.shard.url for task in tasks])
+
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM stops as Ctrl-C does. Installed after ray.init, which has a handler of its own that just exits."""
+    """SIGTERM stops as Ctrl-C does. Also installed after ray.init, which has a handler of its own that just exits."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -128,7 +149,7 @@ def _conclude(report: RunReport, num_tasks: int) -> None:
     elif report.errors and not report.predicted:
         report.exit_code = ExitCode.FAILED
         report.message = (
-            f"not one prediction: all {report.errors} samples of {num_tasks} new shards are error rows."
+            f"not one prediction: all {report.errors} samples of {num_tasks} shards are error rows."
             " Look at errors/*.parquet, and at input.format and input.url."
         )
     else:

@@ -9,19 +9,32 @@ local disk from the temporary file), never from a look afterwards, since that co
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import os
 import re
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from fsspec.utils import glob_translate
 from tenacity import Retrying, retry_if_exception_type, stop_before_delay, wait_random_exponential
 
-from pipeline.backends import Backend, FileInfo, LocalDisk, Page, canonical, is_local, local_path, sweep
+from pipeline.backends import (
+    Backend,
+    FileInfo,
+    LocalDisk,
+    Opened,
+    Page,
+    canonical,
+    deadline,
+    is_local,
+    local_path,
+    sweep,
+)
 from pipeline.config import Storage
 from pipeline.errors import (
     ConfigError,
@@ -35,12 +48,16 @@ from pipeline.errors import (
     redact,
     translate,
 )
-from pipeline.remote import S3, Fsspec, Web
+from pipeline.remote import S3, Fsspec, Web, damaged
 
 __all__ = ["FileInfo", "Store", "canonical", "is_local", "join", "local_path", "split_pattern"]
 
 AT_ONCE = 16  # lookups under way
+SHARE_WHEN_DOWN = 0.1  # of the deadline, for a store that has let a whole one pass and has not answered since
+SKIP_BYTES = 2**20  # read at once of what nobody wants but the comparison
 T = TypeVar("T")
+
+_down: set[str] = set()  # such stores, known to this process: else each of a thousand shards would wait its two minutes
 
 
 def join(url: str, *names: str) -> str:
@@ -102,12 +119,15 @@ class Store:
 
         It delivers the bytes of the version that was opened or raises SourceChanged, never a mix of two. (On a local
         disk that holds for files that are replaced, not for those that are written to in place.)
+
+        With `read_ahead` it is meant to be read from front to back. Over a line without TLS StoreUnavailable at its
+        end says that what came is not what the store has, where its ETag tells.
         """
-        file, found = self._retry_reading(lambda: self._at(url).open(canonical(url), read_ahead), "open", url)
-        if version not in (None, found):
-            file.close()
+        opened = self._retry_reading(lambda: self._at(url).open(canonical(url), read_ahead), "open", url)
+        if version not in (None, opened.version):
+            opened.file.close()
             raise _changed(url)
-        return cast(BinaryIO, _RetryingFile(file, url, self))
+        return cast(BinaryIO, _RetryingFile(opened, url, self))
 
     def read(self, url: str, version: str | None = None) -> bytes:
         """A whole file, from an object store by one GET, whose checksum is verified; `version` as in `open`."""
@@ -130,6 +150,14 @@ class Store:
         except PreconditionFailed:
             return False
         return True
+
+    def honours_conditions(self, url: str) -> bool:
+        """Whether two writers of one file can't both win: `url`, where nothing stands, is put twice and deleted."""
+        try:
+            self.put_if_absent(url, b"first")
+            return not self.put_if_absent(url, b"second")
+        finally:
+            self.delete(url)
 
     def delete(self, url: str) -> None:
         """Delete a file; it is no error if it is gone already."""
@@ -166,12 +194,25 @@ class Store:
             except Exception as cause:
                 raise translate(cause, doing, url) from cause
 
-        return Retrying(
+        store = f"{canonical(url).partition('://')[0]} {self.options.model_dump_json()}"
+        seconds = self.options.deadline_s * (SHARE_WHEN_DOWN if store in _down else 1)
+        retrying = Retrying(
             retry=retry_if_exception_type(StoreUnavailable),
             wait=wait_random_exponential(multiplier=0.2, max=8),
-            stop=stop_before_delay(self.options.deadline_s),
+            stop=stop_before_delay(seconds),
             reraise=True,
-        )(attempt)
+        )
+        try:
+            with deadline(seconds):
+                answer = retrying(attempt)
+        except StoreUnavailable:
+            _down.add(store)
+            raise
+        except PipelineError:
+            _down.discard(store)
+            raise
+        _down.discard(store)
+        return answer
 
     def _retry_reading(self, call: Callable[[], T], doing: str, url: str) -> T:
         try:
@@ -199,8 +240,19 @@ def _changed(url: str) -> SourceChanged:
 def _backend(url: str, options: Storage) -> Backend:
     if is_local(url):
         return LocalDisk()
-    # An inherited filesystem is not fork-safe: each process has its own.
-    return _remote(os.getpid(), url.partition("://")[0], options.model_dump_json())
+    # An inherited filesystem is not fork-safe: each process has its own. Making one costs half a second, which
+    # several threads must not each spend.
+    with _making:
+        return _remote(os.getpid(), url.partition("://")[0], options.model_dump_json())
+
+
+def _renew_lock() -> None:
+    global _making  # noqa: PLW0603 - another thread may have held it while this process was forked
+    _making = threading.Lock()
+
+
+_making = threading.Lock()
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 @functools.lru_cache(maxsize=8)
@@ -213,17 +265,33 @@ def _remote(process: int, protocol: str, options: str) -> Backend:
 
 
 class _RetryingFile(io.RawIOBase):
-    """A stream whose reads are repeated at the same place when the store fails, and whose errors are ours."""
+    """A stream whose reads are repeated at the same place when the store fails, and whose errors are ours.
 
-    def __init__(self, file: IO[bytes], url: str, store: Store) -> None:
-        self._file, self._url, self._store = file, url, store
+    Where the content's MD5 is known and the stream is read to its end without going back, what came is compared with
+    it before the last bytes are handed out; what is skipped on the way must be read, too.
+    """
+
+    def __init__(self, opened: Opened, url: str, store: Store) -> None:
+        self._file, self._size, self._md5 = opened.file, opened.size, opened.md5
+        self._url, self._store = url, store
+        self._hash = hashlib.md5(usedforsecurity=False)
+        self._hashed = 0
 
     def read(self, size: int | None = -1, /) -> bytes:
         count = -1 if size is None else size
         try:
-            return self._store._retry_reading(lambda: self._file.read(count), "read", self._url)
+            data = self._store._retry_reading(lambda: self._file.read(count), "read", self._url)
         except NotFound as cause:  # it was there when it was opened
             raise _changed(self._url) from cause
+        if self._md5 is not None:
+            self._compare(data, self._md5)
+        return data
+
+    def _compare(self, data: bytes, md5: str) -> None:
+        self._hash.update(data)
+        self._hashed += len(data)
+        if self._hashed >= self._size and self._hash.hexdigest() != md5:
+            raise damaged(self._url)
 
     def readinto(self, buffer: Any, /) -> int:
         data = self.read(len(buffer))
@@ -234,6 +302,12 @@ class _RetryingFile(io.RawIOBase):
         return self.read(-1)
 
     def seek(self, offset: int, whence: int = 0, /) -> int:
+        if self._md5 is not None:
+            place = offset + (0, self._hashed, self._size)[whence]
+            if place < self._hashed:
+                self._md5 = None
+            while self._hashed < place and self.read(min(place - self._hashed, SKIP_BYTES)):
+                pass
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from pipeline.config import JobConfig
-from pipeline.errors import ExitCode, FatalError
+from pipeline.config_errors import has_secret
+from pipeline.errors import ConfigError, ExitCode, FatalError, clean, redact
 from pipeline.model.classes import class_names
 from pipeline.model.source import locate
 from pipeline.storage import is_local, local_path
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 ENTRYPOINT = "python -m pipeline run config.yaml"
 STOP_WAIT_S = "60"  # between SIGTERM and SIGKILL when the job is stopped: a run commits what it can
 RECONNECTS = 5
+INTERPOLATION = re.compile(r"(\\*)\$\{")
 
 
 def submit_job(config: JobConfig, address: str, wait: bool, submission_id: str | None) -> int | str:
@@ -38,7 +41,7 @@ def submit_job(config: JobConfig, address: str, wait: bool, submission_id: str |
         if job is None:
             environment = {"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": STOP_WAIT_S}}
             job = client.submit_job(entrypoint=ENTRYPOINT, submission_id=submission_id, runtime_env=environment)
-    print(f"job {job} on {address}", file=sys.stderr)
+    print(f"job {job} on {redact(address)}", file=sys.stderr)
     return follow(client, job) if wait else job
 
 
@@ -46,22 +49,48 @@ def pack(config: JobConfig, folder: Path) -> None:
     """Put into a folder all that the job needs of this machine: config, custom network, class names, this program.
 
     Data and weights do not travel: they are read from where the config says. Secrets don't either: the cluster has
-    identities of its own.
+    identities of its own. Raises ConfigError for weights whose URL holds one.
     """
+    if has_secret(config.model.weights):
+        raise ConfigError(
+            f"model.weights: {redact(config.model.weights)} comes with a password or a signature, which the cluster"
+            " would keep in its files. Let the cluster's own identity read the weights (s3://), or leave them there."
+        )
     data = config.model_dump(mode="json", exclude_unset=True)
     data["input"]["url"] = [_absolute(url) for url in config.input.urls]
     data["output"]["url"] = _absolute(config.output.url)
     names = class_names(config.model.classes, config.directory, config.storage)
     if names is not None:
         data["model"]["classes"] = list(names)
-    OmegaConf.save(OmegaConf.create(data), folder / "config.yaml")
+    OmegaConf.save(OmegaConf.create(_literal(data)), folder / "config.yaml")
     if config.model.is_custom:
         for name, content in locate(config.model.name, config.directory).files:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
     package = Path(__file__).parent
-    shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(package, folder / package.name, ignore=_ignored)
+
+
+def _ignored(folder: str, names: list[str]) -> list[str]:
+    """What lies in the program's folder and is not part of it, such as an editor's copies or a `.env`."""
+
+    def belongs(name: str) -> bool:
+        if Path(folder, name).is_dir():
+            return name.isidentifier() and name != "__pycache__"
+        return name == "template.yaml" or (Path(name).suffix in (".py", ".safetensors") and name[0] != ".")
+
+    return [name for name in names if not belongs(name)]
+
+
+def _literal(value: Any) -> Any:
+    """The value with `${…}` in its texts escaped: resolved it is already, and a name in a file of class names could
+    otherwise read the environment of the cluster."""
+    if isinstance(value, dict):
+        return {name: _literal(child) for name, child in value.items()}
+    if isinstance(value, list):
+        return [_literal(child) for child in value]
+    return INTERPOLATION.sub(r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def follow(client: JobSubmissionClient, job: str) -> int:
@@ -121,8 +150,8 @@ def _client(address: str) -> JobSubmissionClient:
             return JobSubmissionClient(address, headers=headers)
         except (ConnectionError, RuntimeError) as cause:
             raise FatalError(
-                f"cannot reach the Ray dashboard at {address}: {cause}. Check the address (often a port-forward to"
-                " 8265), and the token in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."
+                f"cannot reach the Ray dashboard at {redact(address)}: {clean(cause)}. Check the address (often a"
+                " port-forward to 8265), and the token in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."
             ) from cause
 
 

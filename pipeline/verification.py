@@ -1,11 +1,13 @@
 """A whole dataset checked from the outside: marks, parts, errors parts, footers and rows against each other.
 
-Every part is read, some thousand rows at a time, so that memory does not grow with it. Damage is a problem with a
-name, never a crash; what a store fails to deliver is raised, since it says nothing about the dataset.
+Every part is read, some thousand rows at a time, so that memory does not grow with it, and the checksums of its pages
+are compared. Damage is a problem with a name, never a crash; what a store fails to deliver is raised, since it says
+nothing about the dataset.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.backends import leftovers
 from pipeline.config import JobConfig
 from pipeline.errors import NotFound, clean
 from pipeline.inputs.shards import shard_id
@@ -25,7 +28,7 @@ from pipeline.outputs.ledger import Mark, Standing
 from pipeline.outputs.schema import Footer, errors_schema, part_schema
 from pipeline.recomputing import recompute
 from pipeline.rows import Columns
-from pipeline.storage import Store
+from pipeline.storage import Store, canonical, is_local, local_path
 
 AT_ONCE = 4  # parts
 BATCH_ROWS = 2048
@@ -44,6 +47,7 @@ class Verification:
     errors: int = 0
     sampled: int = 0
     agreed: int = 0
+    zero_embeddings: int = 0  # rows: no problem of the dataset, but they have no direction and no cosine
     note: str = ""  # on what could not be sampled
     problems: list[str] = field(default_factory=list)
 
@@ -56,7 +60,8 @@ class Verification:
         if self.sampled:
             text += f"; {self.agreed} of {self.sampled} recomputed rows agree"
         count = f"{len(self.problems)} problem{'' if len(self.problems) == 1 else 's'}"
-        lines = [f"{text}: {'all is well' if self.ok else count}", self.note, *self.problems]
+        zeros = f"{self.zero_embeddings} embeddings are all zeros" if self.zero_embeddings else ""
+        lines = [f"{text}: {'all is well' if self.ok else count}", zeros, self.note, *self.problems]
         return "\n".join(line for line in lines if line)
 
 
@@ -71,23 +76,24 @@ def verify_dataset(url: str, store: Store, sample: int = 0, config: JobConfig | 
     if identity is None:
         raise NotFound(f"there is no dataset at {url}: it has no _dataset.json.")
     result = Verification(url)
-    sound: dict[str, Footer] = {}
     standing = sorted(dataset.standing().items())
     with ThreadPoolExecutor(AT_ONCE) as pool:
         checked = pool.map(lambda item: _check_shard(dataset, identity, *item), standing)
-        for (name, _), (footer, problems) in zip(standing, checked, strict=True):
-            result.problems.extend(f"{name}: {problem}" for problem in problems)
-            if footer is None:
-                continue
+        found = {name: what for (name, _), what in zip(standing, checked, strict=True)}
+    _agree_on_width(found)
+    for name, (part, problems) in found.items():
+        result.problems.extend(f"{name}: {problem}" for problem in problems)
+        if part is not None:
             result.shards += 1
-            result.predicted += footer.predicted
-            result.errors += footer.errors
-            if not problems:
-                sound[name] = footer
+            result.predicted += part.footer.predicted
+            result.errors += part.footer.errors
+            result.zero_embeddings += part.zeros
+    result.problems.extend(_strangers(dataset))
     if sample:
-        found = recompute(dataset, sound, sample, config)
-        result.sampled, result.agreed, result.note = found.sampled, found.agreed, found.note
-        result.problems.extend(found.problems)
+        sound = {name: part.footer for name, (part, problems) in found.items() if part is not None and not problems}
+        again = recompute(dataset, sound, sample, config)
+        result.sampled, result.agreed, result.note = again.sampled, again.agreed, again.note
+        result.problems.extend(again.problems)
     return result
 
 
@@ -106,10 +112,10 @@ def _naming(name: str) -> Iterator[None]:
         raise _Damaged(f"{name} is damaged or not ours: {clean(cause)}") from cause
 
 
-def _check_shard(
-    dataset: Dataset, identity: Identity, name: str, standing: Standing
-) -> tuple[Footer | None, list[str]]:
-    """The footer of the part if it is committed and can be read, and everything that is wrong."""
+_Checked = tuple["_Scanned | None", list[str]]  # the part, if it is committed and can be read, and all that is wrong
+
+
+def _check_shard(dataset: Dataset, identity: Identity, name: str, standing: Standing) -> _Checked:
     try:
         mark = standing.valid_mark
         if mark is None:
@@ -121,7 +127,31 @@ def _check_shard(
         return None, [str(damage)]
     except NotFound as gone:
         return None, [f"it changed while it was checked, verify again: {gone}"]
-    return part.footer, [*_footer_problems(name, mark, body, part, errors), *_index_problems(part, errors)]
+    problems = [*_footer_problems(name, mark, body, part, errors), *_index_problems(part, errors)]
+    part.indices = part.indices[:0].copy()  # all shards' together would not be small
+    return part, problems
+
+
+def _agree_on_width(checked: Mapping[str, _Checked]) -> None:
+    """The width of the embeddings is the one thing about the columns that only the parts say."""
+    widths = {name: part.width for name, (part, _) in checked.items() if part is not None and part.width}
+    for usual, _ in Counter(widths.values()).most_common(1):
+        for name in (name for name, width in widths.items() if width != usual):
+            checked[name][1].append(f"its embeddings have {widths[name]} numbers, those of other shards {usual}")
+
+
+def _strangers(dataset: Dataset) -> Iterator[str]:
+    """What lies where only parts and marks should: programs that read whole folders would take it for rows."""
+    for folder in ("data", "errors", "_ledger"):
+        root = canonical(dataset.path(folder))
+        for file in dataset.store.find(root):
+            path = file.url[len(root) + 1 :]
+            is_ours = Mark.parse(path) is not None if folder == "_ledger" else path.endswith(PARQUET)
+            if ("/" in path or not is_ours) and not path.startswith((".", "_")):
+                yield f"{folder}/{path} is no file of this dataset"
+    if is_local(dataset.url):
+        for left in leftovers(local_path(dataset.url)):
+            yield f"{left.relative_to(local_path(dataset.url))} was left by a writer that died; the next run removes it"
 
 
 def _mark_body(dataset: Dataset, mark: Mark) -> Mapping[str, Any]:
@@ -152,6 +182,8 @@ class _Scanned:
     footer: Footer
     indices: np.ndarray  # int64 (rows,)
     problems: dict[str, None]  # in order, each once
+    width: int = 0  # of the embeddings
+    zeros: int = 0  # embeddings
 
 
 def _scan(dataset: Dataset, folder: str, name: str, identity: Identity) -> _Scanned:
@@ -159,7 +191,7 @@ def _scan(dataset: Dataset, folder: str, name: str, identity: Identity) -> _Scan
         _naming(f"{folder}/{name}{PARQUET}"),
         dataset.store.open(dataset.path(folder, name + PARQUET), read_ahead=False) as file,
     ):
-        parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=READ_BYTES)
+        parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=READ_BYTES, page_checksum_verification=True)
         schema = parquet.schema_arrow
         footer = Footer.of(schema)
         result = _Scanned(footer, np.empty(0, np.int64), {})
@@ -167,7 +199,8 @@ def _scan(dataset: Dataset, folder: str, name: str, identity: Identity) -> _Scan
             result.problems[f"model {footer.model_fingerprint}, but the dataset is {identity['model_fingerprint']}"] = (
                 None
             )
-        expected = errors_schema() if folder == "errors" else _part_schema_like(schema)
+        expected = errors_schema() if folder == "errors" else _part_schema(identity, schema)
+        result.width = _width(expected)
         if not schema.equals(expected):
             raise ValueError(f"its columns are {_columns(schema)}, not {_columns(expected)}")
         indices = []
@@ -175,20 +208,27 @@ def _scan(dataset: Dataset, folder: str, name: str, identity: Identity) -> _Scan
             rows = pa.Table.from_batches([batch])
             found = _error_problems(rows) if folder == "errors" else _row_problems(rows, identity)
             result.problems.update(dict.fromkeys([*_shard_problems(rows, footer), *found]))
+            result.zeros += int((_norms(rows) == 0).sum())
             indices.append(rows["index"].to_numpy())
         result.indices = np.concatenate([result.indices, *indices])
         return result
 
 
-def _part_schema_like(schema: pa.Schema) -> pa.Schema:
-    """What the schema of a part with these columns must be: embedding's type and width are what they are."""
-    embedding = schema.field("embedding").type if "embedding" in schema.names else None
-    if embedding is not None and not pa.types.is_fixed_size_list(embedding):
-        raise ValueError(f"embedding is {embedding}, not a list of fixed size")
-    dim, is_half = (embedding.list_size, embedding.value_type == pa.float16()) if embedding is not None else (0, False)
+def _part_schema(identity: Identity, schema: pa.Schema) -> pa.Schema:
+    """What the schema of a part must be: the dataset says which columns, the part how wide an embedding is."""
+    columns = identity["model"]["columns"]
+    found = schema.field("embedding").type if "embedding" in schema.names else None
+    if found is not None and not pa.types.is_fixed_size_list(found):
+        raise ValueError(f"embedding is {found}, not a list of fixed size")
+    width = 0 if found is None else found.list_size
+    is_half = columns["embedding_dtype"] != "float32"
     return part_schema(
-        Columns("class_id" in schema.names, embedding is not None, "float16" if is_half else "float32", dim)
+        Columns(columns["predictions"], columns["embeddings"], "float16" if is_half else "float32", width)
     )
+
+
+def _width(schema: pa.Schema) -> int:
+    return int(schema.field("embedding").type.list_size) if "embedding" in schema.names else 0
 
 
 def _columns(schema: pa.Schema) -> str:
@@ -255,26 +295,43 @@ def _row_problems(rows: pa.Table, identity: Identity) -> Iterator[str]:
         if rows[name].null_count:
             yield f"{name} is null in {rows[name].null_count} rows"
             return
-    if "embedding" in rows.column_names:
-        values = rows["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        if not np.isfinite(values).all():
-            yield "embeddings that are not finite"
+    if not np.isfinite(_norms(rows)).all():
+        yield "embeddings that are not finite, or whose norm is not"
     if "class_id" in rows.column_names:
         yield from _prediction_problems(rows, identity)
 
 
+def _norms(rows: pa.Table) -> np.ndarray:
+    """float32 (rows,), as who searches these vectors computes them; empty where there are no embeddings."""
+    if "embedding" not in rows.column_names or not rows.num_rows:
+        return np.empty(0, np.float32)
+    values = rows["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.linalg.norm(values.reshape(rows.num_rows, -1).astype(np.float32), axis=1)  # type: ignore[no-any-return]
+
+
 def _prediction_problems(rows: pa.Table, identity: Identity) -> Iterator[str]:
-    ids = rows["class_id"].to_numpy()
     num_classes = identity["num_classes"]
-    if len(ids) and not 0 <= ids.min() <= ids.max() < num_classes:
-        yield f"class ids that are none of the {num_classes} classes"
-        return
-    names = pa.array(identity["classes"] or [str(number) for number in range(num_classes)], pa.string())
-    if names.take(pa.array(ids)).to_pylist() != rows["label"].to_pylist():
-        yield "labels that are not the names of their class_id"
-    if pc.min(pc.list_value_length(rows["top_k"])).as_py() == 0:
-        yield "rows with an empty top_k"
+    lengths = pc.list_value_length(rows["top_k"]).to_numpy()
+    if rows.num_rows == 0 or lengths.min() == 0:
+        yield from ["rows with an empty top_k"] if rows.num_rows else []
         return
     first = pc.list_element(rows["top_k"], 0)
     if any(not pc.struct_field(first, name).equals(rows[name]) for name in ("class_id", "label", "score")):
         yield "rows whose class_id, label and score are not the first of their top_k"
+    entries = rows["top_k"].combine_chunks().flatten()
+    ids, scores = (entries.field(name).to_numpy(zero_copy_only=False) for name in ("class_id", "score"))
+    if not (ids.min() >= 0 and ids.max() < num_classes):
+        yield f"class ids that are none of the {num_classes} classes"
+        return
+    names = pa.array(identity["classes"] or [str(number) for number in range(num_classes)], pa.string())
+    if not names.take(pa.array(ids.astype(np.int64))).equals(entries.field("label")):
+        yield "labels that are not the names of their class_id"
+    if not ((scores >= 0) & (scores <= 1.000001)).all():
+        yield "scores that are not between 0 and 1"
+    if lengths.max() > (most := min(identity["model"]["columns"]["top_k"], num_classes)) or lengths.min() < most:
+        yield f"rows that do not have {most} entries in their top_k"
+    goes_on = np.ones(len(ids), bool)
+    goes_on[np.cumsum(lengths)[:-1]] = goes_on[0] = False  # where a row's entries begin
+    if (goes_on[1:] & (np.diff(scores) > 0)).any():
+        yield "rows whose top_k is not in descending order"

@@ -41,8 +41,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_the_public_names_are_these():
     """Others import them: a name is added here, never renamed."""
     assert pipeline.__all__ == [
-        *("JobConfig", "demo", "get_resnet", "init", "load_config", "plan", "predict", "preview", "read", "run"),
-        *("status", "submit", "verify"),
+        *("JobConfig", "dead_letters", "demo", "get_resnet", "init", "load_config", "plan", "predict", "preview"),
+        *("prune", "read", "run", "status", "submit", "verify"),
     ]
     assert all(callable(getattr(pipeline, name)) for name in pipeline.__all__)
 
@@ -54,9 +54,11 @@ def test_no_module_has_a_public_name():
 
 
 def test_every_command_is_a_function():
+    """Of the same name, but for `errors`, since `pipeline.errors` is the module of the exceptions."""
     commands = get_command(cli.app).commands  # type: ignore[attr-defined]
-    assert set(commands) <= set(pipeline.__all__)
-    for name in commands:
+    functions = {"dead_letters" if name == "errors" else name for name in commands}
+    assert functions <= set(pipeline.__all__)
+    for name in functions:
         assert getattr(pipeline, name) is getattr(api, name)
         assert getattr(api, name).__doc__
 
@@ -67,15 +69,17 @@ def test_signatures():
         name: list(inspect.signature(getattr(api, name)).parameters) for name in pipeline.__all__ if hasattr(api, name)
     }
     assert found == {
+        "dead_letters": ["url", "classes", "export", "limit", "config"],
         "demo": ["folder", "pretrained"],
         "init": ["path"],
         "load_config": ["path", "overrides"],
         "JobConfig": found["JobConfig"],
-        "plan": ["config"],
+        "plan": ["config", "retry_errors"],
         "predict": ["images", "config"],
         "preview": ["config", "limit"],
+        "prune": ["config", "yes"],
         "read": ["url", "columns", "errors", "config"],
-        "run": ["config"],
+        "run": ["config", "retry_errors"],
         "status": ["url", "config"],
         "submit": ["config", "address", "wait", "submission_id"],
         "verify": ["url", "sample", "config"],
@@ -104,7 +108,8 @@ def test_importing_the_package_costs_nothing():
 def test_planning_reading_and_status_need_neither_torch_nor_ray(job: dict[str, Any]):
     code = f"import pipeline, json; job = json.loads({json.dumps(json.dumps(job))})\n"
     code += "pipeline.plan(job); pipeline.status(job['output']['url']); pipeline.verify(job['output']['url'])\n"
-    code += "pipeline.read(job['output']['url']); pipeline.load_config('configs/local.yaml')"
+    code += "pipeline.read(job['output']['url']); pipeline.load_config('configs/local.yaml')\n"
+    code += "pipeline.prune(job); pipeline.dead_letters(job['output']['url'])"
     assert not imported_after(code) & {"torch", "torchvision", "ray"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,8 +21,10 @@ from typer.testing import CliRunner, Result
 import pipeline
 from pipeline.cli import app
 from pipeline.config import load_config
+from pipeline.error_rows import DeadLetters, ShardErrors
 from pipeline.errors import ExitCode
 from pipeline.examples.digits import load_digits_images
+from pipeline.inputs.shards import shard_id
 from pipeline.report import RunReport
 from scripts.cli_docs import PAGE, updated
 from tests.support.datasets import commit_all
@@ -29,7 +32,7 @@ from tests.support.jobs import digits_config, digits_tars
 from tests.support.s3 import s3_server
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["run", "plan", "status", "verify", "submit", "demo", "init"]
+COMMANDS = ["run", "plan", "status", "errors", "prune", "verify", "submit", "demo", "init"]
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +251,7 @@ def test_a_bucket_that_is_not_there_and_keys_that_are_wrong(folder: Path, monkey
 
 
 def test_no_dataset(tmp_path: Path):
-    for name in ("status", "verify"):
+    for name in ("status", "verify", "errors"):
         result = invoke(name, tmp_path)
         assert result.exit_code == 1
         assert "there is no dataset at" in sentence(result)
@@ -273,10 +276,11 @@ def test_plan_says_what_would_run(folder: Path, tmp_path: Path):
         "to do 1 shards, 0.0 MB (0 changed)",
         "done 1 shards",
         "gone 1 shards stand in the output and are no longer in the input",
+        shard_id(f"file://{folder}/shards/digits-001.tar"),
     ]
     found = json.loads(invoke("plan", folder / "job.yaml", url, "--json").stdout)
     assert found["todo"] == [f"file://{tmp_path}/shards/digits-002.tar"]
-    assert (found["done"], len(found["gone"]), found["changed"]) == (1, 1, [])
+    assert (found["done"], len(found["gone"]), found["changed"], found["retried"]) == (1, 1, [], [])
     assert found["bytes"] == (tmp_path / "shards/digits-002.tar").stat().st_size
 
 
@@ -293,6 +297,74 @@ def test_status_and_verify(folder: Path):
     assert result.stdout.strip() == "2 shards, 18 rows, 2 error rows; 3 of 3 recomputed rows agree: all is well"
     found = json.loads(invoke("verify", folder / "labels", "--json").stdout)
     assert (found["shards"], found["problems"]) == (2, [])
+
+
+def lines(result: Result) -> list[str]:
+    """What was printed, with blanks as one."""
+    return [" ".join(line.split()) for line in result.stdout.splitlines()]
+
+
+def test_plan_with_error_rows_to_be_tried_again(folder: Path):
+    for option in (["--retry-errors", "truncated,corrupt"], ["--retry-errors", "empty", "--retry-errors", "all"]):
+        result = invoke("plan", folder / "job.yaml", *option)
+        assert lines(result)[0] == "to do 2 shards, 0.1 MB (0 changed, 2 for their error rows)"
+    found = json.loads(invoke("plan", folder / "job.yaml", "--retry-errors", "all", "--json").stdout)
+    assert found["retried"] == found["todo"] != []
+    assert json.loads(invoke("plan", folder / "job.yaml", "--retry-errors", "empty", "--json").stdout)["todo"] == []
+    for verb in ("run", "plan"):
+        result = invoke(verb, folder / "job.yaml", "--retry-errors", "trunkated")
+        assert result.exit_code == 2
+        assert sentence(result) == "there is no error class 'trunkated'; did you mean truncated?"
+
+
+def test_errors(folder: Path, tmp_path: Path):
+    (name,) = {row["error"] for row in json.loads(invoke("errors", folder / "labels", "--json").stdout)["classes"]}
+    result = invoke("errors", folder / "labels", "--export", tmp_path / "bad", "--limit", "1")
+    assert result.exit_code == 0
+    urls = [f"file://{folder}/shards/digits-00{number}.tar" for number in range(2)]
+    assert lines(result) == [
+        "rows stage error",
+        f"2 decode {name}",
+        "",
+        "rows shard classes",
+        *(f"1 {url} {name} 1" for url in urls),
+        f"1 file written to {tmp_path}/bad",
+        "1 row left out by --limit",
+    ]
+    assert len([path for path in (tmp_path / "bad").rglob("*") if path.is_file()]) == 1
+    assert lines(invoke("errors", folder / "labels", "--class", "empty")) == ["no error rows"]
+    result = invoke("errors", folder / "labels", "--class", "emtpy")
+    assert (result.exit_code, sentence(result)) == (2, "there is no error class 'emtpy'; did you mean empty?")
+
+
+def test_errors_shows_the_worst_shards_and_json_all(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    shards = [ShardErrors(f"id-{n}", f"[bold]/{n}.tar", 9, {"empty": 9}, 0) for n in range(23)]
+    counts = [{"stage": "decode", "error": "empty", "rows": 23 * 9}]
+    monkeypatch.setattr("pipeline.api.dead_letters", lambda *_: DeadLetters("labels", 23 * 9, counts, shards))
+    shown = lines(invoke("errors", "labels"))
+    assert [line for line in shown if ".tar" in line] == [f"9 [bold]/{n}.tar empty 9" for n in range(20)]
+    assert shown[-1] == "and 3 more shards"
+    assert len(json.loads(invoke("errors", "labels", "--json").stdout)["shards"]) == 23
+
+
+def test_prune(folder: Path, tmp_path: Path):
+    shutil.copytree(folder / "labels", tmp_path / "labels", copy_function=shutil.copy2)
+    url, labels = f"file://{folder}/shards/digits-001.tar", f"output.url={tmp_path}/labels"
+    words = ("prune", folder / "job.yaml", f"input.url={folder}/shards/digits-000.tar", labels)
+    result = invoke(*words)
+    assert result.exit_code == 0
+    assert lines(result) == [
+        "id shard rows errors",
+        f"{shard_id(url)} {url} 9 1 to be removed",
+        "nothing was removed; --yes removes 1 shard",
+    ]
+    (gone,) = json.loads(invoke(*words, "--yes", "--json").stdout)["gone"]
+    assert (gone["id"], gone["removed"]) == (shard_id(url), True)
+    assert lines(invoke(*words)) == ["nothing to prune: every shard of the dataset is in the input"]
+    assert lines(invoke("verify", tmp_path / "labels"))[0].startswith("1 shards, 9 rows, 1 error rows: all is well")
+    result = invoke("prune", folder / "job.yaml", f"input.url={tmp_path}/nothing", labels, "--yes")
+    assert result.exit_code == 2
+    assert "there is nothing to read" in sentence(result)
 
 
 def test_limit_prints_samples_and_writes_nothing_at_all(folder: Path, tmp_path: Path):
@@ -312,7 +384,7 @@ def test_limit_prints_samples_and_writes_nothing_at_all(folder: Path, tmp_path: 
 def test_stdout_is_the_result_alone(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Ray prints on the driver's stdout what its workers print."""
 
-    def chatter(_: Any) -> RunReport:
+    def chatter(*_: Any) -> RunReport:
         print("from a worker")
         return RunReport("id", "labels", message="fine")
 
@@ -324,7 +396,7 @@ def test_stdout_is_the_result_alone(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_long_values_are_whole_where_stdout_is_no_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch):
     url = "s3://bucket/" + "x" * 300
-    monkeypatch.setattr("pipeline.api.run", lambda _: RunReport("id", url, exit_code=ExitCode.INCOMPLETE))
+    monkeypatch.setattr("pipeline.api.run", lambda *_: RunReport("id", url, exit_code=ExitCode.INCOMPLETE))
     result = invoke("run", folder / "job.yaml")
     assert url in result.stdout
     assert result.exit_code == 3

@@ -89,6 +89,8 @@ EXAMPLES = {
     "whole number, at least 1": [1, 7, 0, 1.5, "1"],
     "whole number, at least 1, or null": [1, None, 0, "1"],
     "whole number, at least 1, or `auto`": [1, "auto", 0, "many"],
+    "whole number, at least 0, or null": [0, 7, None, -1, "1"],
+    "number from 0 to 1, or null": [0, 0.05, 1, None, 1.5, -0.1, "1"],
     "number above 0": [1, 0.5, 0, "1"],
     "list of 3 numbers, or null": [[0.5, 0.5, 0.5], None, [0.5], 0.5],
     "mapping": [{"anon": True}, {}, "x", None],
@@ -97,6 +99,7 @@ EXAMPLES = {
 VALID = {"text": 1, "text or null": 2, "text, or list of text": 2, "list of text, text, or null": 3}
 VALID |= {"64 hex digits, or null": 2, "true or false": 2, "whole number": 2, "whole number, at least 1": 2}
 VALID |= {"whole number, at least 1, or null": 2, "whole number, at least 1, or `auto`": 2, "number above 0": 2}
+VALID |= {"whole number, at least 0, or null": 3, "number from 0 to 1, or null": 4}
 VALID |= {"list of 3 numbers, or null": 2, "mapping": 2, "section or null": 2}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import pytest
 
 from pipeline.backends import FileInfo
 from pipeline.config import JobConfig, make_config
+from pipeline.errors import ConfigError, FatalError
+from pipeline.examples.digits import encode_png, load_digits_images
+from pipeline.examples.tars import write_tar
 from pipeline.inputs.shards import Shard, current_fingerprint, shard_id
 from pipeline.outputs.commit import CommitContext, CommitTask, commit_shard
 from pipeline.outputs.dataset import Dataset
@@ -21,6 +25,8 @@ from pipeline.outputs.ledger import (
 from pipeline.outputs.schema import Footer
 from pipeline.planning import Plan, Task, Vanished, compare, make_plan, vanished_groups
 from pipeline.storage import Store
+from tests.support.datasets import commit_all as commit_job
+from tests.support.jobs import digits_config
 from tests.support.pieces import BOTH, IDENTITY, new_dataset
 
 ROOT = "file:///in"
@@ -50,6 +56,21 @@ def test_new_changed_done_and_gone():
     assert plan.changed == [changed.url, unfinished.url]
     assert plan.gone == ["gone"]
     assert plan.num_bytes == 27
+
+
+def test_what_is_done_is_redone_for_its_error_rows():
+    done, other, new, changed = (
+        tar("done.tar", "1"),
+        tar("other.tar", "2"),
+        tar("new.tar", "3"),
+        tar("changed.tar", "4"),
+    )
+    standing = {done.id: stands("1"), other.id: stands("2"), changed.id: stands("before")}
+    plan = compare([done, other, new, changed], standing, redo={done.id, new.id, changed.id})
+    mark = standing[done.id].valid_mark
+    assert mark is not None
+    assert plan.tasks == [Task(done, replaces=mark.commit), Task(new), Task(changed)]
+    assert (plan.retried, plan.changed, plan.done) == ([done.url], [changed.url], [other])
 
 
 def test_nothing_at_all():
@@ -90,6 +111,21 @@ def test_a_new_group_waits_for_the_one_it_takes_its_files_from():
 def test_several_new_groups_wait_for_the_same_one():
     listed = [group("b", "b"), group("c", "c"), group("d", "d")]
     assert tasks_of(listed, changed="b") == {"b": (None, ""), "c": ("b", ""), "d": ("b", "")}
+
+
+def test_a_new_group_does_not_wait_for_one_that_is_only_redone():
+    redone, new = group("b", "b"), group("c", "c")
+    plan = compare([redone, new], {redone.id: stands("now")}, redo={redone.id})
+    assert [task.shard.url for task in plan.tasks] == [redone.url, new.url]
+    assert [task.after for task in plan.tasks] == [None, None]
+
+
+def test_a_group_that_is_redone_retires_a_vanished_one_all_the_same():
+    listed = group("b", "b", "d")
+    plan = compare([listed], {listed.id: stands("now")}, [Vanished("c", ROOT, "c", "c")], redo={listed.id})
+    (task,) = plan.tasks
+    assert task.retires == ("c",)
+    assert task.replaces is not None
 
 
 def test_a_new_group_does_not_wait_where_the_other_has_shrunk_already():
@@ -242,3 +278,57 @@ def test_a_group_that_vanished_is_found_by_its_mark_or_its_part(folders: Path):
     commit_all(make_plan(config(folders)), folders)
     assert last.id not in dataset.standing()
     assert make_plan(config(folders)).tasks == []
+
+
+# --- Error rows to be tried again ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_errors(tmp_path: Path) -> Path:
+    """Four tars: two classes of errors, one of them, another one, none; the last of these has changed since."""
+    contents = {"both": [HTML, b""], "html": [HTML], "empty": [b""], "good": [GOOD], "changed": [HTML]}
+    (tmp_path / "in").mkdir()
+    for name, images in contents.items():
+        write_tar(tmp_path / f"in/{name}.tar", [(f"{n}.png", data) for n, data in enumerate([GOOD, *images])])
+    commit_job(digits_config(tmp_path / "in", tmp_path / "labels"))
+    write_tar(tmp_path / "in/changed.tar", [("new.png", HTML), ("other.png", GOOD)])
+    return tmp_path
+
+
+HTML, GOOD = b"<html>", encode_png(load_digits_images().images[0])
+
+
+def test_only_errors_parts_of_done_shards_are_opened(with_errors: Path, monkeypatch: pytest.MonkeyPatch):
+    job = make_config(digits_config(with_errors / "in", with_errors / "labels"))
+
+    def planned(classes: list[str] | str) -> tuple[list[str], set[str]]:
+        """The names of what is retried, and of the files that were opened."""
+        opened.clear()
+        plan = make_plan(job, classes)
+        assert [url for url in plan.changed if url.endswith("/changed.tar")] == plan.changed
+        assert len(plan.tasks) == 1 + len(plan.retried)
+        names = {Path(url).parent.name + "/" + Path(url).name.partition(".tar")[0] for url in opened}
+        return [Path(url).stem for url in plan.retried], names
+
+    opened = opened_from_here_on(monkeypatch)
+    theirs = {"errors/both", "errors/html", "errors/empty"}
+    assert planned([]) == ([], set())
+    assert planned("not_an_image") == (["both", "html"], theirs)
+    assert planned(["empty", "too_large"]) == (["both", "empty"], theirs)
+    assert planned(["too_large"]) == ([], theirs)
+    assert planned("all") == (["both", "empty", "html"], set()), "an errors part is there: that is enough"
+    with pytest.raises(ConfigError, match=r"no error class 'emty'; did you mean empty\?"):
+        planned("emty")
+    assert opened == [], "nothing is listed for a misspelt class"
+
+
+def test_a_damaged_errors_part_is_named(with_errors: Path):
+    path = next((with_errors / "labels/errors").glob("both*"))
+    stat = path.stat()
+    path.write_bytes(b"x" * stat.st_size)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    job = make_config(digits_config(with_errors / "in", with_errors / "labels"))
+    with pytest.raises(FatalError, match=r"errors/both.* is damaged or not ours: .*Delete it and run again"):
+        make_plan(job, "empty")
+    path.unlink()
+    assert "both" in [Path(task.shard.url).stem for task in make_plan(job).tasks]

@@ -67,9 +67,9 @@ def test_a_store_that_is_busy_is_asked_again(line: Relay) -> None:
         "GET": lambda: store.find("s3://labels/busy") or store.read("s3://labels/busy"),
         "DELETE": lambda: store.delete("s3://labels/busy"),
     }.items():
-        line.spoil(method, "busy", times=2)
+        line.spoil(method, "503", times=2)
         act()
-    assert all(fault.times == 0 for fault in line.faults)
+    assert all(rule.times == 0 for rule in line.rules)
 
 
 def test_only_what_may_pass_is_asked_again(line: Relay, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,7 @@ def test_only_what_may_pass_is_asked_again(line: Relay, s3: S3Server, monkeypatc
         assert len(line.asked) == 1
 
 
-@pytest.mark.parametrize("kind", ["busy", "hang", "cut"])
+@pytest.mark.parametrize("kind", ["503", "hang", "truncate"])
 def test_reading_goes_on_where_it_failed(line: Relay, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "READ_AHEAD", 50_000)
     store = store_behind(line)
@@ -122,14 +122,14 @@ def test_a_write_that_gets_no_answer_at_all_ends_as_unknown(line: Relay) -> None
 def test_a_lost_answer_may_make_us_our_own_rival(line: Relay) -> None:
     """So whoever gets False reads what stands."""
     store = store_behind(line)
-    line.spoil("PUT", "lose")
+    line.spoil("PUT", "commit_then_reset")
     assert store.put_if_absent("s3://labels/mine", b"content") is False
     assert store.read("s3://labels/mine") == b"content"
 
 
 def test_a_lost_answer_does_not_change_the_version(line: Relay) -> None:
     store = store_behind(line)
-    line.spoil("PUT", "lose")
+    line.spoil("PUT", "commit_then_reset")
     assert store.put("s3://labels/again", b"content") == store.info("s3://labels/again").version
 
 
@@ -138,7 +138,7 @@ def test_an_upload_in_parts_that_fails_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(remote, "MAX_SINGLE_PUT", 1)
     (tmp_path / "x").write_bytes(b"content")
-    line.spoil("PUT", "busy", times=100)
+    line.spoil("PUT", "503", times=100)
     with pytest.raises(OutcomeUnknown):
         store_behind(line, deadline_s=0.2).put("s3://labels/parts", tmp_path / "x")
     assert "Uploads" not in s3.client(s3.owner).list_multipart_uploads(Bucket="labels")

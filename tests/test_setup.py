@@ -22,7 +22,7 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LOCKS = ("torch", "base", "dev")
 LINE = re.compile(r"([a-z0-9-]+)==(\S+) --hash=sha256:[0-9a-f]{64}")
 PLATFORM = {"python_version": "3.11", "sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"}
-TARGETS = {"help", "demo", "test", "check", "lock", "clean"}
+TARGETS = {"help", "demo", "test", "check", "audit", "lock", "clean"}
 HOLDS_HERE = subprocess.run([sys.executable, ROOT / "scripts" / "lock.py", "--holds-here"], check=False).returncode == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -10,6 +11,7 @@ import pytest
 
 import pipeline
 from pipeline.errors import FatalError, NotFound
+from pipeline.inputs.shards import shard_id
 from pipeline.overview import read_status
 from pipeline.storage import Store
 from tests.support.datasets import commit_all
@@ -56,6 +58,53 @@ def test_shards_whose_files_do_not_agree_are_to_be_done_again(dataset: Path):
     found = pipeline.status(str(dataset))
     assert found.incomplete == [parts[0].stem, parts[1].stem]
     assert (found.shards, found.predicted) == (1, 9)
+
+
+def test_what_is_gone_is_told_by_the_input_of_the_last_run_or_of_a_config(job: dict[str, Any], dataset: Path):
+    shards = Path(job["input"]["url"])
+    assert (pipeline.status(str(dataset)).gone, pipeline.status(str(dataset)).note) == ([], "")
+    config = digits_config(shards / "digits-001.tar", dataset)
+    gone = [shard_id(f"file://{shards}/digits-00{number}.tar") for number in (0, 2)]
+    assert pipeline.status(str(dataset), config).gone == gone
+    commit_all(config, "20260102T000000Z-aaaaaaaa")
+    assert pipeline.status(str(dataset)).gone == gone, "the newest report is the last run's"
+
+
+def without_reports(dataset: Path, job: dict[str, Any]) -> dict[str, Any] | None:
+    shutil.rmtree(dataset / "_runs")
+
+
+def damaged_report(dataset: Path, job: dict[str, Any]) -> dict[str, Any] | None:
+    next((dataset / "_runs").rglob("report.json")).write_text("{")
+
+
+def empty_listing(dataset: Path, job: dict[str, Any]) -> dict[str, Any] | None:
+    return digits_config(dataset / "nothing", dataset)
+
+
+def store_that_is_down(dataset: Path, job: dict[str, Any]) -> dict[str, Any] | None:
+    storage = {"endpoint_url": "http://127.0.0.1:9", "deadline_s": 0.5}
+    return digits_config("s3://raw/*.tar", dataset, input={"storage": storage})
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (without_reports, "no report tells how they were made. Give --config."),
+        (damaged_report, "status takes the config of the last run"),
+        (empty_listing, "there is nothing to read under"),
+        (store_that_is_down, "cannot list s3://raw"),
+    ],
+)
+def test_an_input_that_cannot_be_listed_is_told_and_hides_nothing_else(
+    make: Any, says: str, job: dict[str, Any], dataset: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "y")
+    found = pipeline.status(str(dataset), make(dataset, job))
+    assert (found.shards, found.predicted, found.gone) == (3, 27, [])
+    assert found.note.startswith("what is gone from the input is not known: ")
+    assert says in found.note
 
 
 def test_the_last_five_runs_newest_first(dataset: Path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import io
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -17,6 +21,7 @@ from pipeline.cli import app
 from pipeline.errors import NotFound, StoreUnavailable
 from pipeline.examples.tars import write_tar
 from pipeline.outputs.dataset import Dataset
+from pipeline.outputs.ledger import Mark, commit_hash
 from pipeline.storage import Store
 from pipeline.verification import verify_dataset
 from tests.support.datasets import commit_all, mark, names, part, rewrite, set_column, vouch
@@ -175,8 +180,6 @@ def cut_but_vouched_for(d: Dataset) -> None:
 
 def vouch_for_bytes(d: Dataset, name: str, data: bytes, body: str) -> None:
     """A mark that is to be believed beside a part that is not even Parquet."""
-    from pipeline.outputs.ledger import Mark, commit_hash
-
     fingerprint = mark(d).name.rsplit(".", 3)[1]
     mark(d).unlink()
     part(d).write_bytes(data)
@@ -198,20 +201,73 @@ def no_parquet_at_all(d: Dataset) -> None:
 
 
 def parquet_of_somebody_else(d: Dataset) -> None:
-    import io
-
-    import pyarrow.parquet as pq
-
     buffer = io.BytesIO()
     pq.write_table(pa.table({"a": [1]}), buffer)
     vouch_for_bytes(d, names(d)[0], buffer.getvalue(), mark(d).read_text())
 
 
-def nan_embedding(rows: pa.Table) -> pa.Table:
-    values = rows["embedding"].combine_chunks().flatten().to_numpy().copy()
-    values[5] = np.nan
-    column = pa.FixedSizeListArray.from_arrays(pa.array(values), 64)
+def embedding_values(rows: pa.Table) -> np.ndarray:
+    """(rows, 64), a copy."""
+    return rows["embedding"].combine_chunks().flatten().to_numpy().reshape(-1, 64).copy()
+
+
+def with_embeddings(rows: pa.Table, values: np.ndarray) -> pa.Table:
+    column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
     return rows.set_column(rows.schema.get_field_index("embedding"), "embedding", column)
+
+
+def planted_embedding(value: float) -> Callable[[Dataset], None]:
+    def plant(rows: pa.Table) -> pa.Table:
+        values = embedding_values(rows)
+        values[2, 5] = value
+        return with_embeddings(rows, values)
+
+    return changed_rows(plant)
+
+
+def flipped_bit(d: Dataset) -> None:
+    """In the last embedding of the part, whose pages are not compressed: it stays a number, and size and time stay."""
+    path = part(d)
+    data, found = bytearray(path.read_bytes()), path.stat()
+    last = embedding_values(pq.read_table(path))[-1].tobytes()
+    data[data.rindex(last) + 3] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+
+def part_of_another_shard(d: Dataset) -> None:
+    first, second = part(d, 0), part(d, 1)
+    shutil.copy2(second, first)
+    shutil.copy2(part(d, 1, "errors"), part(d, 0, "errors"))
+    body, fingerprint = mark(d).read_text(), mark(d).name.rsplit(".", 3)[1]
+    mark(d).unlink()
+    standing = d.standing_of(names(d)[0])
+    assert standing.part is not None
+    Path(d.url, "_ledger", Mark(names(d)[0], fingerprint, commit_hash(standing.part, standing.errors)).name).write_text(
+        body
+    )
+
+
+def narrower_embeddings(d: Dataset) -> None:
+    rewrite(part(d), lambda rows: with_embeddings(rows, embedding_values(rows)[:, :32]))
+    vouch(d, names(d)[0])
+
+
+def edited_top_k(edit: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> Callable[[Dataset], None]:
+    """Of one row; its first entry stays what the row says."""
+
+    def change(rows: pa.Table) -> pa.Table:
+        return set_column("top_k", 3, edit(rows["top_k"][3].as_py()))(rows)
+
+    return changed_rows(change)
+
+
+def file_beside(name: str) -> Callable[[Dataset], None]:
+    def damage(d: Dataset) -> None:
+        Path(d.url, name).parent.mkdir(exist_ok=True)
+        Path(d.url, name).write_bytes(b"?")
+
+    return damage
 
 
 DAMAGE: dict[str, tuple[Callable[[Dataset], None], str]] = {
@@ -228,8 +284,8 @@ DAMAGE: dict[str, tuple[Callable[[Dataset], None], str]] = {
     "mark counts otherwise": (mark_that_counts_otherwise, "its mark says"),
     "torn mark": (torn_mark, ".json is damaged or not ours"),
     "touched part": (part_that_was_touched, "its mark vouches for other versions than those that stand there"),
-    "changed label": (changed("label", "9"), "labels that are not the names of their class_id"),
-    "changed class": (changed("class_id", 11), "class ids that are none of the 10 classes"),
+    "changed label": (changed("label", "9"), "whose class_id, label and score are not the first of their top_k"),
+    "changed class": (changed("class_id", 11), "whose class_id, label and score are not the first of their top_k"),
     "changed score": (changed("score", 0.125), "whose class_id, label and score are not the first of their top_k"),
     "empty top_k": (changed("top_k", []), "rows with an empty top_k"),
     "null label": (changed("label", None), "label is null in 1 rows"),
@@ -252,7 +308,36 @@ DAMAGE: dict[str, tuple[Callable[[Dataset], None], str]] = {
         "21 samples listed, but 19 predicted and 1",
     ),
     "another model": (changed_rows(lambda rows: rows, model_fingerprint="cafe"), "model cafe, but the dataset is"),
-    "not finite": (changed_rows(nan_embedding), "embeddings that are not finite"),
+    "not a number": (planted_embedding(np.nan), "embeddings that are not finite"),
+    "infinite": (planted_embedding(-np.inf), "embeddings that are not finite"),
+    "flipped bit": (flipped_bit, ".parquet is damaged or not ours: "),
+    "part of another shard": (part_of_another_shard, "it is the part of another shard, file://"),
+    "labels only": (
+        changed_rows(lambda rows: rows.drop_columns(["embedding"])),
+        "damaged or not ours: its columns are",
+    ),
+    "other type of embeddings": (
+        changed_rows(lambda rows: with_embeddings(rows, embedding_values(rows).astype(np.float32))),
+        "damaged or not ours: its columns are",
+    ),
+    "narrower embeddings": (narrower_embeddings, "its embeddings have 32 numbers, those of other shards 64"),
+    "top_k in disorder": (
+        edited_top_k(lambda top: [top[0], *reversed(top[1:])]),
+        "rows whose top_k is not in descending order",
+    ),
+    "top_k too short": (edited_top_k(lambda top: top[:2]), "rows that do not have 5 entries in their top_k"),
+    "label in top_k": (
+        edited_top_k(lambda top: [*top[:4], top[4] | {"label": "cat"}]),
+        "labels that are not the names of their class_id",
+    ),
+    "class in top_k": (
+        edited_top_k(lambda top: [*top[:4], top[4] | {"class_id": 10}]),
+        "class ids that are none of the 10 classes",
+    ),
+    "score in top_k": (
+        edited_top_k(lambda top: [*top[:4], top[4] | {"score": float("nan")}]),
+        "scores that are not between 0 and 1",
+    ),
     "column missing": (changed_rows(lambda rows: rows.drop_columns(["width"])), "damaged or not ours: its columns are"),
     "list of any size": (
         changed_rows(
@@ -283,6 +368,50 @@ def test_damage_is_found_and_named(name: str, dataset: Dataset):
     ran = CliRunner().invoke(app, ["verify", dataset.url])
     assert ran.exit_code == 1
     assert problems[0] in ran.stdout
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["data/notes.txt", "data/deeper/a.parquet", "errors/a.json", "_ledger/readme", "_ledger/old/a.0.0.json"],
+)
+def test_files_of_others_among_ours_are_named(name: str, dataset: Dataset):
+    """`pd.read_parquet("labels/data")` reads them, or fails over them."""
+    file_beside(name)(dataset)
+    assert pipeline.verify(dataset.url).problems == [f"{name} is no file of this dataset"]
+
+
+@pytest.mark.parametrize("name", ["data/.DS_Store", "data/_SUCCESS", "notes.txt", "_runs/x"])
+def test_files_that_nobody_takes_for_rows_are_left_alone(name: str, dataset: Dataset):
+    file_beside(name)(dataset)
+    assert pipeline.verify(dataset.url).ok
+
+
+def test_what_a_dead_writer_left_is_named_and_a_living_one_is_not(dataset: Dataset):
+    left = Path(dataset.url, "data", f".{'a' * 32}.tmp")
+    with left.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert pipeline.verify(dataset.url).ok
+    (problem,) = pipeline.verify(dataset.url).problems
+    assert problem == f"data/{left.name} was left by a writer that died; the next run removes it"
+    assert left.exists()
+
+
+def test_embeddings_whose_norm_overflows_are_found(job: dict[str, Any], tmp_path: Path):
+    """As float32, which has room for the numbers and none for the sum of their squares."""
+    commit_all(digits_config(job["input"]["url"], tmp_path / "labels", output={"embedding_dtype": "float32"}))
+    dataset = Dataset(str(tmp_path / "labels"), Store())
+    planted_embedding(1e30)(dataset)
+    (problem,) = pipeline.verify(dataset.url).problems
+    assert problem.endswith("embeddings that are not finite, or whose norm is not")
+
+
+def test_embeddings_of_zeros_are_counted_and_no_problem(dataset: Dataset):
+    """A network may answer so. But they have no direction, which whoever divides by the norm should know."""
+    rewrite(part(dataset), lambda rows: with_embeddings(rows, embedding_values(rows) * (np.arange(19) > 1)[:, None]))
+    vouch(dataset, names(dataset)[0])
+    found = pipeline.verify(dataset.url)
+    assert (found.ok, found.zero_embeddings) == (True, 2)
+    assert str(found).splitlines()[1] == "2 embeddings are all zeros"
 
 
 def test_an_errors_part_whose_stage_nobody_knows(dataset: Dataset):

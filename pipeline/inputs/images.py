@@ -16,11 +16,9 @@ and silences Pillow's warnings about odd metadata, which would otherwise be prin
 
 from __future__ import annotations
 
-import io
 import re
 import warnings
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import simplejpeg
@@ -38,9 +36,8 @@ from PIL import (  # noqa: F401 - importing a plugin registers its format
 
 from pipeline.config import Transform
 from pipeline.errors import Reject, clean
+from pipeline.inputs.guards import Pieces, check_effort, check_header, check_rows, rejected
 from pipeline.inputs.resizing import TURNS, UPRIGHT, Array, Stored, Turn, axes, one_step, resized_size, two_steps
-
-Cause = Literal["empty", "not_an_image", "truncated", "corrupt", "too_large", "unsupported_format", "unsupported_mode"]
 
 # Naming the formats keeps Ghostscript (EPS) and rarely used parsers away from untrusted bytes.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
@@ -67,7 +64,7 @@ _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 # Pillow tells these apart in its messages only.
 _SAYS_TOO_LARGE = re.compile(r"too large|too much memory|exceeds limit", re.IGNORECASE)
 _SAYS_TRUNCATED = re.compile(r"truncated|incomplete|requires a buffer|no more images", re.IGNORECASE)
-_SAYS_MODE = re.compile(r"unknown pixel mode|conversion .*not supported|cannot handle \d+-bit", re.IGNORECASE)
+_SAYS_MODE = re.compile(r"unknown pixel mode|conversion .*not supported|cannot handle \d+-(bit|layer)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -91,6 +88,7 @@ def decode(data: bytes, transform: Transform, max_pixels: int) -> Pixels:
     """
     image = _open(data)
     _check_size(image.size, transform.resize, max_pixels)
+    check_effort(data, image, max_pixels)
     # Nearest picks single pixels: a mirrored or scaled source would pick others, so it is always done literally.
     fast = transform.decode == "fast" and transform.interpolation != "nearest"
     stored = (_read_jpeg(data, image, transform.resize) if fast else None) or _read(data, image)
@@ -105,7 +103,7 @@ def decode(data: bytes, transform: Transform, max_pixels: int) -> Pixels:
 def _check_size(size: tuple[int, int], resize: int | None, max_pixels: int) -> None:
     for (width, height), what in ((size, "it has"), (resized_size(*size, resize), "resized it would have")):
         if width * height > max_pixels:
-            raise _reject("too_large", f"{what} {width} x {height} pixels; input.max_pixels is {max_pixels}")
+            raise rejected("too_large", f"{what} {width} x {height} pixels; input.max_pixels is {max_pixels}")
 
 
 # --- reading ---
@@ -114,20 +112,22 @@ def _check_size(size: tuple[int, int], resize: int | None, max_pixels: int) -> N
 def _open(data: bytes) -> ImageFile.ImageFile:
     """The image with its header read and its pixels not. As Image.open, but it keeps the plugin's own words."""
     if not data:
-        raise _reject("empty", "there are no bytes")
+        raise rejected("empty", "there are no bytes")
     if other := _other_format(data):
-        raise _reject("unsupported_format", f"this is {other}; supported are {', '.join(FORMATS)}")
+        raise rejected("unsupported_format", f"this is {other}; supported are {', '.join(FORMATS)}")
     for format_ in FORMATS:
         factory, accept = Image.OPEN[format_]
         accepted = accept is None or accept(data[:16])
         if isinstance(accepted, str):  # this build of Pillow lacks the codec, and says so
-            raise _reject("unsupported_format", accepted)
+            raise rejected("unsupported_format", accepted)
         if accepted:
             try:
-                return factory(io.BytesIO(data), "")
+                return factory(Pieces(data), "")
+            except Reject:
+                raise
             except Exception as cause:  # Pillow's parsers raise whatever the bytes lead them to
                 raise _verdict(cause, data) from cause
-    raise _reject("not_an_image", f"it starts with {data[:16]!r}, which is none of {', '.join(FORMATS)}")
+    raise rejected("not_an_image", f"it starts with {data[:16]!r}, which is none of {', '.join(FORMATS)}")
 
 
 def _other_format(data: bytes) -> str | None:
@@ -139,7 +139,9 @@ def _other_format(data: bytes) -> str | None:
 def _read(data: bytes, image: ImageFile.ImageFile) -> Stored:
     """Pillow's reading."""
     try:
+        check_header(data, image)
         image.load()
+        check_rows(data, image)
         array = _rgb(image)
     except Reject:
         raise
@@ -151,12 +153,14 @@ def _read(data: bytes, image: ImageFile.ImageFile) -> Stored:
 def _rgb(image: ImageFile.ImageFile) -> Array:
     """uint8 (H, W, 3). What `convert` would turn all white or all black is scaled, or refused."""
     if image.mode.startswith("I;16"):
-        bits = image.tag_v2.get(258, (16,))[0] if isinstance(image, TiffImagePlugin.TiffImageFile) else 16
-        grey = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+        tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+        grey = (np.asarray(image) >> (tags.get(258, (16,))[0] - 8)).astype(np.uint8)
+        if tags.get(262) == 0:  # white is zero, which Pillow turns round for 8 bits, and not for 16
+            grey = 255 - grey
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode in ("F", "I"):
         kind = "floating-point" if image.mode == "F" else "32-bit or signed integer"
-        raise _reject("unsupported_mode", f"its pixels are {kind} numbers, whose black and white are not known")
+        raise rejected("unsupported_mode", f"its pixels are {kind} numbers, whose black and white are not known")
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
@@ -194,10 +198,6 @@ def _shrink(size: tuple[int, int], resized: tuple[int, int]) -> int:
 # --- refusing ---
 
 
-def _reject(error: Cause, message: str) -> Reject:
-    return Reject("decode", error, message)
-
-
 def _verdict(cause: Exception, data: bytes) -> Reject:
     """The error row for what Pillow raised.
 
@@ -206,12 +206,12 @@ def _verdict(cause: Exception, data: bytes) -> Reject:
     """
     message = clean(cause)
     if isinstance(cause, MemoryError) or _SAYS_TOO_LARGE.search(message):
-        return _reject("too_large", message)
+        return rejected("too_large", message)
     if _SAYS_MODE.search(message):
-        return _reject("unsupported_mode", message)
+        return rejected("unsupported_mode", message)
     if _SAYS_TRUNCATED.search(message) or _is_cut(data):
-        return _reject("truncated", message)
-    return _reject("corrupt", message)
+        return rejected("truncated", message)
+    return rejected("corrupt", message)
 
 
 def _is_cut(data: bytes) -> bool:

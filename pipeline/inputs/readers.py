@@ -34,6 +34,19 @@ PARQUET_BUFFER = 4 * 2**20  # read per column and step; a request each on an obj
 PARQUET_BATCH_ROWS = 8  # of full-size images at once; larger batches are no faster
 FILES_AHEAD = 16
 GZIP_MAGIC = b"\x1f\x8b"
+# What else could be under a tar's name, so that the message can say it.
+OTHER_MAGIC = {
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"\x04\x22\x4d\x18": "LZ4",
+    b"PK\3\4": "a zip archive",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"PAR1": "Parquet",
+    b"<": "XML or HTML",
+}
+# POSIX: "<length of the record> <keyword>=<value>\n"
+PAX_RECORD = re.compile(rb"(\d{1,9}) [^=]+=")
 # WebDataset: the key is the path up to the first dot of the file name, the rest is the extension.
 WEBDATASET_NAME = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$", re.DOTALL)
 
@@ -66,6 +79,9 @@ def read(shard: Shard, config: Input, store: Store) -> Iterator[Sample]:
                 yield Sample(index, name, reject=content)
             else:
                 yield Sample(index, name, content)
+        if shard.version and is_local(shard.url) and store.info(shard.url).version != shard.version:
+            # An object store refuses to go on with another version. A disk delivers what is written meanwhile.
+            raise SourceChanged(f"{shard.url} changed while it was read. The next run takes the new version.")
     except NotFound as gone:
         raise SourceChanged(f"{shard.url} has gone since it was listed: {gone}") from gone
 
@@ -115,24 +131,37 @@ def _keyed(images: Iterator[_Member]) -> Items:
 
 def _tar_images(raw: BinaryIO) -> Iterator[_Member]:
     """Every image of a tar, and at the end what is damaged, if anything is. Streams: memory does not grow."""
+    damage: Reject | None = None
+    begin, is_tar = b"", False
     try:
         buffered = io.BufferedReader(cast(io.RawIOBase, raw), TAR_BUFFER)
-        is_gzip = buffered.peek(len(GZIP_MAGIC)).startswith(GZIP_MAGIC)
+        begin = buffered.peek(len(GZIP_MAGIC))[:16]
+        is_gzip = begin.startswith(GZIP_MAGIC)
         stream = _TarStream(cast(BinaryIO, gzip.GzipFile(fileobj=buffered)) if is_gzip else buffered)
         # Not tarfile's own stream mode, which copies its buffer for every member.
         tar = tarfile.TarFile(fileobj=cast(BinaryIO, stream), tarinfo=_StrictTarInfo, errors="surrogateescape")
         while (member := _next_member(tar, stream)) is not None:
+            is_tar = True
             name = WEBDATASET_NAME.match(member.name)
             if name is not None and not member.isdir() and member.name.lower().endswith(IMAGE_SUFFIXES):
                 yield _Member(name[1], member.name, _tar_content(member, stream))
         if is_gzip:
             stream.finish()
-    except Reject as damage:
-        yield _Member(None, None, damage)
+    except Reject as found:
+        damage = found
     except (EOFError, tarfile.ReadError) as cause:
-        yield _Member(None, None, _broken("truncated_shard", f"the tar is cut off: {clean(cause)}"))
+        damage = _broken("truncated_shard", f"the tar is cut off: {clean(cause)}")
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error) as cause:
-        yield _Member(None, None, _broken("corrupt_shard", f"the tar is damaged: {clean(cause)}"))
+        damage = _broken("corrupt_shard", f"the tar is damaged: {clean(cause)}")
+    while raw.read(TAR_BUFFER):  # at whose end the store may find that the bytes were damaged on their way
+        pass
+    if damage is not None:
+        yield _Member(None, None, damage if is_tar else _no_tar(begin) or damage)
+
+
+def _no_tar(begin: bytes) -> Reject | None:
+    other = next((name for magic, name in OTHER_MAGIC.items() if begin.startswith(magic)), None)
+    return _broken("corrupt_shard", f"this is {other}; tars are read plain or compressed by gzip") if other else None
 
 
 def _next_member(tar: tarfile.TarFile, stream: _TarStream) -> tarfile.TarInfo | None:
@@ -163,15 +192,22 @@ class _TarStream:
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._position = 0
+        self._again = b""
         self.allowance = MAX_HEADER_BYTES  # bytes
 
     def read(self, size: int) -> bytes:
         self.allowance -= size
         if self.allowance < 0 or size < 0:
             raise _broken("corrupt_shard", f"a tar header of more than {MAX_HEADER_BYTES} bytes")
-        data = self._stream.read(size)
+        data, self._again = self._again or self._stream.read(size), b""
         self._position += len(data)
         return data
+
+    def read_again(self, data: bytes) -> None:
+        """Give the next read what the last one gave; it must be for as much, and before any seek."""
+        self._again = data
+        self._position -= len(data)
+        self.allowance += len(data)
 
     def tell(self) -> int:
         return self._position
@@ -207,6 +243,27 @@ class _StrictTarInfo(tarfile.TarInfo):
         if member.size < 0:
             raise _broken("corrupt_shard", "a tar member has a negative size")
         return member
+
+    def _proc_pax(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        """Python before 3.11.13 takes what it can of damaged attributes: an image may lose its name, and be no image."""
+        stream = cast(_TarStream, tar.fileobj)
+        body = stream.read(-(-self.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+        if not _is_pax(body[: self.size]):
+            raise _broken("corrupt_shard", "the attributes of a tar member are damaged")
+        stream.read_again(body)
+        return cast(tarfile.TarInfo, super()._proc_pax(tar))  # type: ignore[misc]
+
+
+def _is_pax(body: bytes) -> bool:
+    """Whether these are records of the right lengths, as Python 3.11.13 asks for them."""
+    at = 0
+    while at < len(body) and body[at]:
+        found = PAX_RECORD.match(body, at)
+        end = at + int(found[1]) if found else 0
+        if found is None or not found.end() < end <= len(body) or body[end - 1] != ord("\n"):
+            return False
+        at = end
+    return True
 
 
 # --- Parquet -------------------------------------------------------------------------------------------------------

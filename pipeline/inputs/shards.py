@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.config import Input, digest
+from pipeline.config_errors import has_secret
 from pipeline.errors import ConfigError, NotFound, SourceChanged, redact
-from pipeline.storage import FileInfo, Store, canonical, join, split_pattern
+from pipeline.storage import FileInfo, Store, canonical, is_local, join, split_pattern
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +157,19 @@ def _expand_lists(urls: Iterable[str], store: Store) -> Iterator[str]:
         for line in _lines(url, store):
             if line.endswith(URL_LIST_SUFFIX):
                 raise ConfigError(f"input.url: {url} names another list, {line}. Name it in input.url itself.")
-            yield line if "://" in line or line.startswith(("/", "~")) else join(folder, line)
+            if has_secret(line):
+                raise ConfigError(
+                    f"input.url: the list {redact(url)} names {redact(line)} with a password or a signature, which"
+                    " would be written into the dataset. Leave it out, and let the environment hold what the store"
+                    " asks for."
+                )
+            named = line if "://" in line or line.startswith(("/", "~")) else join(folder, line)
+            if is_local(named) and not is_local(url):
+                raise ConfigError(
+                    f"input.url: the list {redact(url)} is not on this machine, but names a file that is: {named}. Name"
+                    " it in input.url itself."
+                )
+            yield named
 
 
 def _lines(url: str, store: Store) -> list[str]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import traceback
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.config import Input, Transform
-from pipeline.errors import PipelineError, Reject
+from pipeline.deaths import Guard
+from pipeline.errors import PipelineError, Reject, redact
 from pipeline.inputs.images import Pixels, decode
-from pipeline.inputs.readers import read
+from pipeline.inputs.readers import Sample, read
 from pipeline.inputs.shards import Shard, printable
 from pipeline.rows import PIXELS, SAMPLES, Kind, Row, identity_and_verdict
 from pipeline.storage import Store
@@ -22,15 +25,15 @@ MAX_BLOCK_BYTES = 64 * 2**20  # of pixels, where images keep their own size
 MAX_BLOCK_MARKERS = 4096
 
 
-def read_rows(number: int, shard: Shard, config: Input, store: Store) -> Iterator[Row]:
+def read_rows(number: int, shard: Shard, config: Input, store: Store, guard: Guard | None = None) -> Iterator[Row]:
     """The rows of the `number`-th shard of the plan: its samples and error rows, then one END or ABANDONED.
 
     Never raises, since an exception in a task would end the whole run: not for a store that fails, and not for
-    what nobody foresaw either.
+    what nobody foresaw either. Where reading on kills the process, one error row stands for the rest of the shard.
     """
     count = 0
     try:
-        for sample in read(shard, config, store):
+        for sample in _guarded(read(shard, config, store), number, guard or Guard()):
             if sample.reject is None:
                 yield Row(number, Kind.SAMPLE, sample.index, sample.key, sample.data)
             else:
@@ -39,8 +42,8 @@ def read_rows(number: int, shard: Shard, config: Input, store: Store) -> Iterato
     except PipelineError as error:
         log.warning("shard %s stays open: %s", shard.url, error)
         yield _abandoned(number, error)
-    except Exception as error:  # one shard must not keep the others from being done
-        log.exception("shard %s stays open", shard.url)
+    except Exception as error:  # noqa: BLE001 - one shard must not keep the others from being done
+        log.error("shard %s stays open\n%s", redact(shard.url), redact(traceback.format_exc()))
         yield _abandoned(number, error)
     else:
         if count == 0:
@@ -48,8 +51,22 @@ def read_rows(number: int, shard: Shard, config: Input, store: Store) -> Iterato
         yield Row(number, Kind.END, count)
 
 
+def _guarded(samples: Iterator[Sample], number: int, guard: Guard) -> Iterator[Sample]:
+    """The samples up to where reading on kills the process; then an error row."""
+    for index in itertools.count():
+        try:
+            guard.check("read", number, index)
+        except Reject as reject:
+            yield Sample(index, None, reject=reject)
+            return
+        sample = next(samples, None)
+        if sample is None:
+            return
+        yield sample
+
+
 def _abandoned(number: int, error: Exception) -> Row:
-    return Row(number, Kind.ABANDONED, 0, reject=Reject("read", type(error).__name__, printable(str(error))))
+    return Row(number, Kind.ABANDONED, 0, reject=Reject("read", type(error).__name__, printable(redact(str(error)))))
 
 
 def sample_blocks(rows: Iterable[Row], rows_per_block: int) -> Iterator[pa.Table]:
@@ -78,18 +95,21 @@ def rows_of(block: pa.Table) -> Iterator[Row]:
         yield Row(item["shard"], Kind(item["kind"]), item["index"], item["key"], data.as_py(), reject)
 
 
-def pixel_blocks(rows: Iterable[Row], transform: Transform, config: Input, rows_per_block: int) -> Iterator[pa.Table]:
+def pixel_blocks(
+    rows: Iterable[Row], transform: Transform, config: Input, rows_per_block: int, guard: Guard | None = None
+) -> Iterator[pa.Table]:
     """Decode samples into PIXELS tables of `rows_per_block` images each, error rows and markers behind them.
 
     Blocks run across shards, so that the device always gets full batches. Only where images keep their own size do
     blocks hold fewer, lest they exceed MAX_BLOCK_BYTES by more than one image. Error rows and markers that have
     become many, or whose bytes have, leave without images.
     """
+    guard = guard or Guard()
     images = _Images(rows_per_block)
     others: list[Row] = []
     other_bytes = 0
     for row in rows:
-        decoded = _decoded(row, transform, config)
+        decoded = _decoded(row, transform, config, guard)
         if isinstance(decoded, Row):
             others.append(decoded)
             other_bytes += len(decoded.data or b"")
@@ -105,12 +125,13 @@ def pixel_blocks(rows: Iterable[Row], transform: Transform, config: Input, rows_
         yield _pixels_table(images, others)
 
 
-def _decoded(row: Row, transform: Transform, config: Input) -> Pixels | Row:
+def _decoded(row: Row, transform: Transform, config: Input, guard: Guard) -> Pixels | Row:
     """A sample's pixels, its bytes let go; or the row that takes their place, or has none."""
     if row.kind is not Kind.SAMPLE:
         return row
     assert row.data is not None, "a sample has bytes"
     try:
+        guard.check("decode", row.shard, row.index)
         pixels = decode(row.data, transform, config.max_pixels)
     except Reject as reject:
         return row.rejected(reject)

@@ -22,6 +22,7 @@ from pipeline.errors import AccessDenied, FatalError, PipelineError, WeightsErro
 from pipeline.storage import Store
 
 CHUNK = 8 * 2**20  # bytes
+MAX_WEIGHTS_BYTES = 16 * 2**30  # more than any network needs; a server could go on sending for ever
 
 
 def cache_directory(kind: str) -> Path:
@@ -120,6 +121,8 @@ def _download(url: str, storage: Storage, path: Path) -> str:
             while chunk := source.read(CHUNK):
                 hasher.update(chunk)
                 target.write(chunk)
+                if target.tell() > MAX_WEIGHTS_BYTES:
+                    raise WeightsError(f"{redact(url)} sends more than {MAX_WEIGHTS_BYTES} bytes")
     except Exception as cause:
         error = cause if isinstance(cause, PipelineError) else translate(cause, "read", url)
         if isinstance(error, AccessDenied):

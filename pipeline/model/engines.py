@@ -18,11 +18,17 @@ Pixels = npt.NDArray[np.uint8]  # (B, H, W, 3)
 Rows = npt.NDArray[np.float32]  # (B, C) logits or (B, D) embeddings
 
 
+class OutOfMemory(Exception):
+    """The device has not enough memory for a batch; smaller ones may fit."""
+
+
 class Engine(Protocol):
     """uint8 pixels (B, H, W, 3) to float32 logits (B, C) and embeddings (B, D).
 
     B is always the batch size that the engine was loaded for. A row's bytes depend on its pixels alone, not on its
     place or its neighbours. Height and width are `info.input_size`, or anything where that is None.
+
+    Raises OutOfMemory where the device has too little. Then smaller batches are asked for.
     """
 
     def __call__(self, pixels: Pixels) -> tuple[Rows, Rows]: ...

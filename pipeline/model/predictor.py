@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.model.engines import load_engine
+from pipeline.deaths import LONE_DEATHS, SPLIT_AFTER, NoNotes, Notes, killer
+from pipeline.errors import FatalError, Reject
+from pipeline.model.engines import OutOfMemory, load_engine
 from pipeline.model.spec import ModelInfo, ModelSpec
 from pipeline.rows import IDENTITY, VERDICT, Columns, Kind
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,10 +28,18 @@ class PredictorSettings:
 
 
 class ResNetPredictor:
-    """Hosts one network. Batches are padded to the fixed size, so that a row never depends on its neighbours."""
+    """Hosts one network. Batches are padded to the fixed size, so that a row never depends on its neighbours.
 
-    def __init__(self, spec: ModelSpec, info: ModelInfo, settings: PredictorSettings) -> None:
+    Batches that kill the process are divided until the sample is found that does it; that one becomes an error row.
+    Where the device runs out of memory, batches of half the size are computed from then on.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, info: ModelInfo, settings: PredictorSettings, notes: Notes | None = None
+    ) -> None:
         self._settings = settings
+        self._notes = notes or NoNotes()
+        self._fits = settings.batch_size  # images that the device has memory for
         self.columns = settings.columns
         self._engine = load_engine(settings.engine, spec, info, settings.device, settings.batch_size)
         names = info.classes or [str(number) for number in range(info.num_classes)]
@@ -34,6 +47,25 @@ class ResNetPredictor:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """PIXELS to pieces: the columns of `Columns.pieces`, every row of the block once, in any order."""
+        return self._guarded(block) if block.num_rows else self._pieces(block)
+
+    def _guarded(self, block: pa.Table) -> pa.Table:
+        """The pieces of a block, done in smaller parts once several processes have died of it."""
+        (first, at), (last, end) = ((block["shard"][row].as_py(), block["index"][row].as_py()) for row in (0, -1))
+        work = f"predict {first}:{at} to {last}:{end}, {block.num_rows} rows"
+        deaths = self._notes.begin(work)
+        if block.num_rows > 1 and deaths >= SPLIT_AFTER:
+            size = self._settings.batch_size if block.num_rows > self._settings.batch_size else 1
+            parts = [self._guarded(block.slice(start, size)) for start in range(0, block.num_rows, size)]
+            pieces = pa.concat_tables(parts)
+        elif deaths >= LONE_DEATHS and block["kind"][0].as_py() == Kind.SAMPLE:
+            pieces = _padded(_rejected(block, killer("predict")), self._settings.columns.pieces())
+        else:
+            pieces = self._pieces(block)
+        self._notes.end(work)
+        return pieces
+
+    def _pieces(self, block: pa.Table) -> pa.Table:
         kinds = block["kind"].to_numpy()
         schema = self._settings.columns.pieces()
         others = _padded(block.take(np.flatnonzero(kinds != Kind.SAMPLE)), schema)
@@ -43,7 +75,7 @@ class ResNetPredictor:
         logits, embeddings = self._predict(block, kinds == Kind.SAMPLE)
         rows, is_finite = self._rows(samples, logits, embeddings)
         if not is_finite.all():
-            others = pa.concat_tables([others, _padded(_not_finite(samples.filter(~is_finite)), schema)])
+            others = pa.concat_tables([others, _padded(_rejected(samples.filter(~is_finite), NOT_FINITE), schema)])
             rows = rows.filter(is_finite)
         return pa.concat_tables([rows.select(schema.names).cast(schema), others])
 
@@ -52,11 +84,35 @@ class ResNetPredictor:
         places: list[np.ndarray] = []
         results: list[tuple[np.ndarray, np.ndarray]] = []
         for rows, pixels in batches(block, wanted, self._settings.batch_size):
-            logits, embeddings = self._engine(pixels)
+            logits, embeddings = self._forward(pixels)
             places.append(rows)
             results.append((logits[: len(rows)], embeddings[: len(rows)]))
         order = np.argsort(np.concatenate(places))
         return np.concatenate([r[0] for r in results])[order], np.concatenate([r[1] for r in results])[order]
+
+    def _forward(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Logits and embeddings of a batch, computed in parts that the device has memory for."""
+        size = self._fits
+        try:
+            parts = [self._engine(pixels[start : start + size]) for start in range(0, len(pixels), size)]
+        except OutOfMemory as cause:
+            if size == 1:
+                raise FatalError(
+                    f"the device has not enough memory for a single image of {pixels.shape[2]} x {pixels.shape[1]}"
+                    " pixels. Use a larger device, runtime.device=cpu, or a smaller model.transform."
+                ) from cause
+            self._fits = size // 2
+            log.warning(
+                "out of device memory with %d images at once: going on with %d. Set runtime.batch_size",
+                size,
+                self._fits,
+            )
+        else:
+            logits, embeddings = zip(*parts, strict=True)
+            return (
+                (logits[0], embeddings[0]) if len(parts) == 1 else (np.concatenate(logits), np.concatenate(embeddings))
+            )
+        return self._forward(pixels)
 
     def _rows(self, samples: pa.Table, logits: np.ndarray, embeddings: np.ndarray) -> tuple[pa.Table, np.ndarray]:
         """The samples with their results, and which of them are finite all through."""
@@ -160,10 +216,12 @@ def top_ids(scores: np.ndarray, k: int) -> np.ndarray:
     return ids.astype(np.int32)
 
 
-def _not_finite(samples: pa.Table) -> pa.Table:
-    """Error rows for samples whose results are no numbers."""
-    message = "the network's result is not finite, or overflows the embedding's type"
-    verdict = {"stage": "predict", "error": "not_finite", "message": message}
+NOT_FINITE = Reject("predict", "not_finite", "the network's result is not finite, or overflows the embedding's type")
+
+
+def _rejected(samples: pa.Table, reject: Reject) -> pa.Table:
+    """Error rows for these samples."""
+    verdict = {"stage": reject.stage, "error": reject.error, "message": reject.message}
     for name, value in verdict.items():
         column = pa.repeat(pa.scalar(value, pa.string()), samples.num_rows)
         samples = samples.set_column(samples.schema.get_field_index(name), name, column)

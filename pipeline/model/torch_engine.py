@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError, clean
-from pipeline.model.engines import Pixels, Rows, num_cores
+from pipeline.model.engines import OutOfMemory, Pixels, Rows, num_cores
 from pipeline.model.spec import ModelInfo, ModelSpec
 from pipeline.model.zoo import build
 
@@ -33,8 +33,12 @@ class TorchEngine:
 
     def __call__(self, pixels: Pixels) -> tuple[Rows, Rows]:
         autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
-        with torch.inference_mode(), autocast:
-            logits, embeddings = self.forward(self._stage(pixels).to(self.device, non_blocking=True))
+        try:
+            with torch.inference_mode(), autocast:
+                logits, embeddings = self.forward(self._stage(pixels).to(self.device, non_blocking=True))
+        except torch.OutOfMemoryError as cause:
+            torch.cuda.empty_cache()
+            raise OutOfMemory(clean(cause)) from cause
         return logits[: len(pixels)].cpu().numpy(), embeddings[: len(pixels)].cpu().numpy()
 
     def _stage(self, pixels: Pixels) -> Tensor:

@@ -12,6 +12,7 @@ import io
 import pickle
 import socket
 import sys
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,7 @@ def parse(data: bytes, source: str) -> StateDict:
 
 
 def _unpickle(data: bytes, name: str) -> Any:
+    _check_unfolded(data, name)
     try:
         with torch.serialization.safe_globals(_safe_globals()):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -115,6 +117,22 @@ def _unpickle(data: bytes, name: str) -> Any:
                 f" as .safetensors. torch says: {clean(error)}"
             ) from error
         raise WeightsError(f"{name} is no checkpoint that torch can read: {clean(error)}.") from error
+
+
+def _check_unfolded(data: bytes, name: str) -> None:
+    """torch writes its archives uncompressed, but reads compressed ones, which can hold a thousand times their size."""
+    if not data.startswith(b"PK"):
+        return
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise WeightsError(f"{name} is no checkpoint that torch can read: {clean(error)}.") from error
+    if size > len(data):
+        raise WeightsError(
+            f"{name} unfolds from {len(data)} bytes to {size}, which no file of torch's own does. Save it anew with"
+            " torch.save."
+        )
 
 
 def _safe_globals() -> list[Any]:

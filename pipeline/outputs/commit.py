@@ -12,9 +12,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.errors import ModelMismatch, PipelineError, SourceChanged
+from pipeline.errors import ModelMismatch, PipelineError, SourceChanged, translate
 from pipeline.outputs.dataset import Dataset, Identity
-from pipeline.outputs.ledger import Check, Confirm, Delete, Look, Put, Receipt, Step, commit_steps, run_steps
+from pipeline.outputs.ledger import (
+    Check,
+    Confirm,
+    Delete,
+    Look,
+    Put,
+    Receipt,
+    Standing,
+    Step,
+    commit_steps,
+    retire_steps,
+    run_steps,
+)
 from pipeline.outputs.schema import ROWS_PER_GROUP, Footer, errors_schema, part_schema, write_parquet
 from pipeline.rows import Columns, Kind
 
@@ -33,6 +45,7 @@ class CommitTask:
     pieces: tuple[Any, ...]
     last_path: str  # of a group of loose files, else empty
     retires: tuple[str, ...] = ()
+    replaces: str | None = None  # the commit that a redo was planned to replace
 
 
 @dataclass(frozen=True)
@@ -89,17 +102,39 @@ def commit_shard(
         merge = Merge(task, context.columns, fetch)
         footer = merge.footer(context)
         part, errors = Path(folder, "part"), Path(folder, "errors")
-        write_parquet(part, part_schema(context.columns), merge.parts(), footer)
+        _write(part, part_schema(context.columns), merge.parts(), footer)
         if merge.num_errors:
-            write_parquet(errors, errors_schema(), merge.errors(), footer)
+            _write(errors, errors_schema(), merge.errors(), footer)
         mark = json.dumps(footer.body(), indent=1).encode()
         contents: dict[str, bytes | Path] = {"data": part, "errors": errors, "_ledger": mark}
 
         def perform(step: Step) -> Any:
             return _perform(step, task, context, contents, source_fingerprint)
 
-        run_steps(commit_steps(task.shard_id, task.fingerprint, merge.num_errors > 0, task.retires), perform)
+        steps = commit_steps(task.shard_id, task.fingerprint, merge.num_errors > 0, task.retires, task.replaces)
+        run_steps(steps, perform)
         return Committed(task.number, footer.predicted, footer.errors, part.stat().st_size)
+
+
+def _write(path: Path, schema: pa.Schema, rows: Iterator[pa.Table], footer: Footer) -> None:
+    try:
+        write_parquet(path, schema, rows, footer)
+    except OSError as cause:
+        raise translate(cause, "write a temporary file below", tempfile.gettempdir()) from cause
+
+
+def retire_shard(dataset: Dataset, shard_id: str, shown: Standing) -> bool:
+    """Take a shard out of the dataset, unless something else stands than what was shown: then False."""
+
+    def perform(step: Step) -> Any:
+        match step:
+            case Look(name):
+                return dataset.standing_of(name)
+            case Delete(folder, name):
+                return dataset.store.delete(dataset.path(folder, name))
+        raise AssertionError(step)
+
+    return run_steps(retire_steps(shard_id, shown), perform)
 
 
 def _perform(

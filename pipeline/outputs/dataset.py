@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import FatalError, ModelMismatch, NotFound, SourceChanged
+from pipeline.errors import FatalError, ModelMismatch, NotFound, SourceChanged, clean
 from pipeline.outputs.ledger import (
     Claim,
     Disown,
@@ -31,6 +32,7 @@ PARQUET = ".parquet"
 IDENTITY = "_dataset.json"
 CARD = "README.md"
 READ_ATTEMPTS = 5
+READ_BYTES = 2**20  # of an errors part, per column and step, whatever the size of a row group
 UNKNOWN = "unknown"  # the owner of files that are not ours
 NOT_OURS = (ValueError, KeyError, TypeError)  # what json and pyarrow say of files that others have put there
 
@@ -99,6 +101,27 @@ class Dataset:
         """`footers` of many shards by id, 16 at a time."""
         with ThreadPoolExecutor(16) as pool:
             return dict(zip(standing, pool.map(self.footers, standing.keys(), standing.values()), strict=True))
+
+    @contextmanager
+    def errors_part(self, shard_id: str) -> Iterator[pq.ParquetFile]:
+        """The error rows of a shard, to be read in steps. Raises NotFound where there are none (any more), FatalError
+        for a file that cannot be read."""
+        url = self.path("errors", shard_id + PARQUET)
+        try:
+            with self.store.open(url, read_ahead=False) as file:
+                yield pq.ParquetFile(file, pre_buffer=False, buffer_size=READ_BYTES)
+        except (*NOT_OURS, OSError, pa.ArrowException) as cause:
+            raise FatalError(
+                f"{url} is damaged or not ours: {clean(cause)}. Delete it and run again: its shard is done anew."
+            ) from cause
+
+    def error_classes(self, shard_id: str) -> set[str]:
+        """The classes that a shard's error rows are of. Reads that one column."""
+        found: set[str] = set()
+        with suppress(NotFound), self.errors_part(shard_id) as part:
+            for batch in part.iter_batches(columns=["error"], use_threads=False):
+                found.update(pc.unique(batch["error"]).to_pylist())
+        return found
 
     def identity(self) -> Identity | None:
         """What `_dataset.json` says; None for a dataset that does not exist yet."""

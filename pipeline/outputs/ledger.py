@@ -4,7 +4,8 @@ here.
 
 The order of writes in a commit. Each line must be safe to die after, and to be overtaken by another committer:
 
-    1. stop if a valid mark for this fingerprint stands already
+    1. stop if a valid mark for this fingerprint stands already; a commit that is to replace one names it, and stops if
+       another one than that stands
     2. the source MUST still be the planned one, and the dataset's model ours
     3. a vanished group whose files this one takes MUST be gone before this one's part appears
     4. the shard's old marks MUST be gone before anything that they vouch for is replaced
@@ -136,10 +137,17 @@ def run_steps(steps: Steps[T], perform: Callable[[Any], Any]) -> T:
         answer = perform(step)
 
 
-def commit_steps(shard_id: str, fingerprint: str, has_errors: bool, retires: Collection[str] = ()) -> Steps[bool]:
-    """The steps of a commit; each is sent its answer. Returns False if the shard stood committed already."""
+def commit_steps(
+    shard_id: str, fingerprint: str, has_errors: bool, retires: Collection[str] = (), replaces: str | None = None
+) -> Steps[bool]:
+    """The steps of a commit; each is sent its answer. Returns False if the shard stood committed already.
+
+    `replaces` is the `commit` of the mark that a redo was planned to replace: with any other one the shard counts as
+    committed, since a rival has redone it meanwhile.
+    """
     standing: Standing = yield Look(shard_id)
-    is_done = standing.fingerprint == fingerprint
+    mark = standing.valid_mark
+    is_done = mark is not None and mark.fingerprint == fingerprint and mark.commit != replaces
     if is_done and not retires:
         return False
     yield Check()
@@ -167,13 +175,19 @@ def commit_steps(shard_id: str, fingerprint: str, has_errors: bool, retires: Col
     return True
 
 
-def retire_steps(shard_id: str) -> Steps[None]:
-    """The steps that take a shard out of the dataset: its marks first, so that nothing vouches for what is gone."""
+def retire_steps(shard_id: str, shown: Standing | None = None) -> Steps[bool]:
+    """The steps that take a shard out of the dataset: its marks first, so that nothing vouches for what is gone.
+
+    With `shown`, nothing is done and False returned unless that is what still stands.
+    """
     standing: Standing = yield Look(shard_id)
+    if shown not in (None, standing):
+        return False
     for mark in standing.marks:
         yield Delete("_ledger", mark.name)
     yield Delete("data", f"{shard_id}.parquet")
     yield Delete("errors", f"{shard_id}.parquet")
+    return True
 
 
 # --- The claim: which model a dataset is of --------------------------------------------------------------------------
@@ -286,6 +300,13 @@ class Progress:
         self._settled = np.zeros(num_shards, bool)  # committed, failed or abandoned
         self._decided = np.zeros(num_shards, bool)  # handed out as a decision
         self._held: dict[int, Commit] = {}
+
+    def is_news(self, receipt: Receipt) -> bool:
+        """Whether it holds rows that no earlier receipt had."""
+        shard = self._open.get(receipt.shard)
+        if self._decided[receipt.shard] or receipt.shard in self._held or not len(receipt.indices):
+            return False
+        return shard is None or receipt.indices.max() >= len(shard.seen) or not shard.seen[receipt.indices].all()
 
     def on_receipt(self, receipt: Receipt) -> list[Decision]:
         """The decisions that this receipt makes possible. Receipts of decided shards are ignored."""

@@ -88,6 +88,7 @@ def write_parquet(path: Path, schema: pa.Schema, groups: Iterable[pa.Table], foo
         use_dictionary=[leaf for leaf in leaves if leaf.rpartition(".")[2] in ("label", "shard", "stage", "error")],
         write_statistics=[leaf for leaf in leaves if leaf not in plain],
         store_schema=True,
+        write_page_checksum=True,  # so that `verify` sees a bit that flips in an embedding
     ) as writer:
         for group in groups:
             writer.write_table(group, row_group_size=ROWS_PER_GROUP)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import threading
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -10,10 +12,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+import botocore.session
 import pytest
+from botocore import xform_name
 
-from pipeline.config import Storage, load_config
+from pipeline import remote
+from pipeline.config import Input, Storage, load_config
 from pipeline.errors import NotFound
+from pipeline.inputs.shards import discover
 from pipeline.storage import Store
 
 INFRA = Path(__file__).parents[2] / "infra"
@@ -88,6 +94,7 @@ def allowed(request: Request) -> bool:
 def test_every_request_of_a_night_is_allowed(store: Store, empty: EmptyStore) -> None:
     config = load_config(INFRA / "kubernetes" / "nightly.yaml")
     (source,), output = config.input.urls, config.output.url
+    discover(Input(url=source.rpartition("/")[0], allow_empty=True), store)
     part = f"{output}/data/part.parquet"
     store.glob(source)
     for folder in ("", "/_ledger", "/data", "/errors"):
@@ -99,6 +106,46 @@ def test_every_request_of_a_night_is_allowed(store: Store, empty: EmptyStore) ->
         store.read(source.replace("*", "one"))
     assert {action for action, _, _ in empty.requests} == {"s3:ListBucket", *ACTIONS.values()}
     assert [request for request in empty.requests if not allowed(request)] == []
+
+
+# Each call of S3 that our storage makes, and the action that it needs.
+NEEDS = {
+    "list_objects_v2": "s3:ListBucket",
+    "head_object": "s3:GetObject",
+    "get_object": "s3:GetObject",
+    "put_object": "s3:PutObject",
+    "create_multipart_upload": "s3:PutObject",
+    "upload_part": "s3:PutObject",
+    "complete_multipart_upload": "s3:PutObject",
+    "abort_multipart_upload": "s3:AbortMultipartUpload",
+    "delete_object": "s3:DeleteObject",
+}
+
+
+def policy_actions(name: str) -> set[str]:
+    found = [statement["Action"] for statement in json.loads((INFRA / "aws" / "iam" / name).read_text())["Statement"]]
+    return {action for actions in found for action in ([actions] if isinstance(actions, str) else actions)}
+
+
+def calls_of_s3() -> set[str]:
+    """The operations that stand as texts in the only module that speaks with S3."""
+    model = botocore.session.get_session().get_service_model("s3")
+    known = {xform_name(operation) for operation in model.operation_names}
+    return known & set(re.findall(r'"(\w+)"', inspect.getsource(remote)))
+
+
+def test_the_policy_allows_what_the_code_calls_and_nothing_else() -> None:
+    assert calls_of_s3() == NEEDS.keys()
+    assert policy_actions("job-policy.json") == set(NEEDS.values())
+
+
+def test_the_page_lists_every_call_and_action() -> None:
+    page = (INFRA.parent / "docs" / "security.md").read_text()
+    rows = re.findall(r"^\| `(s3:\w+)` \| (.+?) \|", page, re.MULTILINE)
+    assert {action for action, _ in rows} == policy_actions("job-policy.json")
+    assert {call: action for action, calls in rows for call in re.findall(r"`(\w+)`", calls)} == NEEDS
+    listed = set(re.findall(r"^\| `((?:ec2|iam):\w+)` \|", page, re.MULTILINE))
+    assert listed == policy_actions("head-policy.json")
 
 
 def test_nothing_outside_is_allowed() -> None:

@@ -153,10 +153,11 @@ def nightly_pod(cronjob: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_core_kinds_are_valid() -> None:
-    found = documents("serviceaccounts.yaml") + documents("cronjob.yaml")
+    found = documents("serviceaccounts.yaml") + documents("cronjob.yaml") + documents("networkpolicy.yaml")
     for document in found:
         validate(document)
-    assert sorted(document["kind"] for document in found) == ["CronJob", "Role", "RoleBinding"] + ["ServiceAccount"] * 3
+    kinds = ["CronJob", "NetworkPolicy", "Role", "RoleBinding", "ServiceAccount", "ServiceAccount", "ServiceAccount"]
+    assert sorted(document["kind"] for document in found) == kinds
 
 
 def test_a_misspelt_key_of_a_core_kind_is_found(cronjob: dict[str, Any]) -> None:
@@ -214,6 +215,21 @@ def test_the_cluster_asks_for_the_token_and_fits_our_ray(rayjob: dict[str, Any])
     cluster = rayjob["spec"]["rayClusterSpec"]
     assert cluster["authOptions"] == {"mode": "token"}  # an empty block would switch nothing on
     assert cluster["rayVersion"] == ray.__version__
+
+
+def test_nobody_outside_reaches_a_pod_but_the_operator_the_dashboard(rayjob: dict[str, Any]) -> None:
+    (policy,) = documents("networkpolicy.yaml")
+    spec = policy["spec"]
+    assert spec["podSelector"] == {}  # every pod
+    assert spec["policyTypes"] == ["Ingress"]
+    inside, operator = spec["ingress"]
+    assert inside == {"from": [{"podSelector": {}}]}  # without a namespaceSelector: this namespace's
+    (peer,) = operator["from"]  # both selectors in one peer: or else every pod of every namespace
+    assert peer["podSelector"] == {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}}
+    (head,) = ray_pods(rayjob)["head"]["spec"]["containers"]
+    dashboard = {port["name"]: port["containerPort"] for port in head["ports"]}["dashboard"]
+    assert operator["ports"] == [{"protocol": "TCP", "port": dashboard}]
+    assert "networkpolicy.yaml" in documents("kustomization.yaml")[0]["resources"]
 
 
 def test_resources_stand_in_the_limits_alone(rayjob: dict[str, Any]) -> None:

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import pickle
 import platform
-import re
 import struct
 import subprocess
 import sys
 import textwrap
 import zlib
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import AvifImagePlugin, Image
 
 from pipeline.config import Transform
 from pipeline.errors import Reject
 from pipeline.inputs import images
 from pipeline.inputs.images import decode
-from tests.inputs.helpers import MAX_PIXELS, WHOLE, both, differences, encode, photo, preset, verdicts
+from tests.inputs.helpers import MAX_PIXELS, WHOLE, both, differences, encode, photo, png, png_chunk, preset, verdicts
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,16 +70,6 @@ def test_results_stay_when_the_next_image_is_decoded() -> None:
 
 
 # --- odd files ---
-
-
-def png_chunk(name: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-
-def png(width: int, height: int, rows: bytes, depth: int = 8, colour: int = 2, extra: bytes = b"") -> bytes:
-    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
-    body = png_chunk(b"IDAT", zlib.compress(rows))
-    return b"\x89PNG\r\n\x1a\n" + header + extra + body + png_chunk(b"IEND", b"")
 
 
 def claiming(jpeg: bytes, width: int, height: int) -> bytes:
@@ -217,44 +204,6 @@ def test_messages_are_the_same_every_time(name: str) -> None:
     assert len(said) == 1
 
 
-# --- any bytes ---
-
-SEEDS = {
-    "jpeg": encode(photo(120, 90), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"),
-    "large jpeg": encode(photo(400, 300), "JPEG"),
-    "progressive jpeg": encode(photo(120, 90), "JPEG", progressive=True),
-    "png": encode(photo(60, 45), "PNG"),
-    "gif": encode(photo(60, 45), "GIF"),
-    "webp": encode(photo(120, 90), "WEBP"),
-    "lossless webp": encode(photo(60, 45), "WEBP", lossless=True),
-    "bmp": encode(photo(60, 45), "BMP"),
-    "tiff": encode(photo(60, 45), "TIFF"),
-    "compressed tiff": encode(photo(60, 45), "TIFF", compression="tiff_lzw"),
-    "avif": encode(photo(120, 90), "AVIF"),
-}
-
-
-@pytest.mark.parametrize("name", SEEDS)
-@settings(derandomize=True, database=None, deadline=None, max_examples=100)
-@given(data=st.data())
-def test_any_bytes_are_pixels_or_rejected(name: str, data: st.DataObject) -> None:
-    """And the two modes agree on which."""
-    seed = SEEDS[name]
-    mutated = bytearray(seed[: data.draw(st.just(len(seed)) | st.integers(0, len(seed)), "length")])
-    # Half of the changes fall into the header, where they do most.
-    places = st.integers(0, min(len(seed), 600) - 1) | st.integers(0, len(seed) - 1)
-    for place, value in data.draw(st.lists(st.tuples(places, st.integers(0, 255)), max_size=6), "changes"):
-        if place < len(mutated):
-            mutated[place] = value
-    transform = Transform(resize=40, crop=32)
-    fast, reference = verdicts(bytes(mutated), transform, max_pixels=1_000_000)
-    assert fast == reference
-    if not fast:
-        for pixels in both(bytes(mutated), transform, 1_000_000):
-            assert pixels.array.shape == (32, 32, 3)
-            assert min(pixels.width, pixels.height) > 0
-
-
 # --- what a worker pays, and what it prints ---
 
 
@@ -342,9 +291,3 @@ def test_what_the_module_sets_for_the_process() -> None:
     """The size limit is max_pixels alone, and an AVIF takes one core: no test can see either without 180 megapixels."""
     assert Image.MAX_IMAGE_PIXELS is None
     assert AvifImagePlugin.DEFAULT_MAX_THREADS == 1
-
-
-def test_the_documented_error_classes_are_those_there_are() -> None:
-    documented = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/errors.md").read_text(), re.MULTILINE)
-    raised_reading = re.findall(r'_broken\(\s*"(\w+)"', (ROOT / "pipeline/inputs/readers.py").read_text())
-    assert sorted(documented) == sorted({*get_args(images.Cause), *raised_reading, "not_finite"})

@@ -18,6 +18,7 @@ import pipeline
 from pipeline.errors import ConfigError, ExitCode, ModelMismatch
 from pipeline.examples.digits import encode_png, load_digits_images
 from pipeline.examples.tars import write_tar
+from tests.support.datasets import commit_all
 from tests.support.jobs import BROKEN, assert_exactly_once, assert_no_leftovers, digits_config, digits_tars, rows
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -123,6 +124,29 @@ def test_not_one_prediction_is_a_failure(tmp_path: Path):
     assert report.exit_code == ExitCode.FAILED
     assert "not one prediction" in report.message
     assert_exactly_once(tmp_path / "labels", 3)
+
+
+def test_shards_with_error_rows_of_a_class_are_done_again_on_request(tmp_path: Path):
+    digits = load_digits_images().images
+    wide = encode_png(np.tile(digits[0], (1, 5)))  # 8 x 40, resized 32 x 160
+    (tmp_path / "shards").mkdir()
+    write_tar(tmp_path / "shards/wide.tar", [("a.png", encode_png(digits[0])), ("b.png", wide)])
+    write_tar(tmp_path / "shards/broken.tar", [("a.png", encode_png(digits[1])), ("b.png", BROKEN)])
+    commit_all(digits_config(tmp_path / "shards", tmp_path / "labels", input={"max_pixels": 2000}))
+    assert "too_large" in rows(tmp_path / "labels", errors=True)["error"].to_pylist()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "labels").rglob("broken*.*")}
+    assert len(before) == 3
+
+    config = digits_config(tmp_path / "shards", tmp_path / "labels")
+    assert pipeline.run(config).shards_committed == 0, "a plain run leaves them"
+    report = pipeline.run(config, retry_errors="too_large")
+    assert (report.exit_code, report.shards_committed, report.shards_done_before) == (0, 1, 1)
+    assert (report.predicted, report.errors) == (2, 0)
+    assert len(list((tmp_path / "labels/errors").iterdir())) == 1
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "labels").rglob("broken*.*")} == before
+    assert_exactly_once(tmp_path / "labels", 4)
+    assert_no_leftovers(tmp_path / "labels")
+    assert pipeline.run(config, retry_errors=["too_large"]).shards_committed == 0
 
 
 def test_an_empty_shard_commits_an_empty_part(tmp_path: Path):

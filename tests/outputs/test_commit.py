@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import ModelMismatch, SourceChanged
+from pipeline.outputs.commit import retire_shard
 from pipeline.outputs.dataset import Dataset
 from pipeline.storage import Store
 from tests.support.pieces import (
@@ -112,6 +113,32 @@ def test_vanished_groups_are_retired_after_the_check_and_before_the_part(dataset
     commit(dataset, [piece(BOTH, 1, range(3))], 3, number=1)
     commit(dataset, [piece(BOTH, 0, range(3))], 3, retires=retires)
     assert dataset.standing().keys() == {shard_id(0)}, "also where the shard itself is committed already"
+
+
+def test_a_redo_replaces_the_commit_that_it_names_and_leaves_a_rivals_alone(dataset: Dataset):
+    commit(dataset, [piece(BOTH, 0, range(3), errors=[1])], 3)
+    mark = dataset.standing_of(shard_id(0)).valid_mark
+    assert mark is not None
+    commit(dataset, [piece(BOTH, 0, range(3))], 3, replaces=mark.commit)
+    assert pq.read_table(part(dataset))["index"].to_pylist() == [0, 1, 2]
+    assert not part(dataset, "errors").exists()
+    (redone,) = dataset.standing_of(shard_id(0)).marks
+    assert redone == dataset.standing_of(shard_id(0)).valid_mark != mark
+    before = snapshot(dataset)
+    commit(dataset, [piece(BOTH, 0, range(3), errors=[1])], 3, replaces=mark.commit)
+    assert snapshot(dataset) == before, "another one has redone it meanwhile"
+
+
+def test_a_shard_is_retired_only_if_what_was_shown_stands(dataset: Dataset):
+    commit(dataset, [piece(BOTH, 0, range(3), errors=[1])], 3)
+    commit(dataset, [piece(BOTH, 1, range(3), errors=[1])], 3, number=1)
+    shown = dataset.standing_of(shard_id(0))
+    commit(dataset, [piece(BOTH, 0, range(3))], 3, fingerprint=NEW)
+    before = snapshot(dataset)
+    assert not retire_shard(dataset, shard_id(0), shown)
+    assert snapshot(dataset) == before
+    assert retire_shard(dataset, shard_id(0), dataset.standing()[shard_id(0)])
+    assert dataset.standing().keys() == {shard_id(1)}
 
 
 class Death(BaseException):

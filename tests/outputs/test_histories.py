@@ -205,16 +205,71 @@ def test_every_history_of_two_committers(
     assert accepted >= 60
 
 
+# --- Redos: a commit in the place of a valid one for the same source, as after `--retry-errors` ------------------------
+
+PLANNED = committed(OLD_E)  # what stood when a redo was planned
+(REPLACED,) = [mark.commit for mark in PLANNED.standing().marks]
+REDOS = list(combinations_with_replacement([OLD, OLD_E], 2))
+REDO_AND_COMMIT = list(product([OLD, OLD_E], [OLD, OLD_E, NEW, NEW_E]))
+
+
+def redo_of(rows: Rows, rule: Rule = as_it_is) -> Steps:
+    return rewritten(rule, commit_steps(SHARD, rows.source, rows.has_errors, replaces=REPLACED))
+
+
+def redo_explorers(unique: bool, rule: Rule = as_it_is, kind: type[Standing] = Standing) -> Iterable[Explorer]:
+    """Two redos of the same plan at once; a redo and a commit of another plan."""
+    make = with_rule(rule)
+    for pairs, second_is_redo in ((REDOS, True), (REDO_AND_COMMIT, False)):
+        for first, second in pairs:
+            other = partial(redo_of, second, rule) if second_is_redo else partial(make, second)
+            actors = {"A": partial(redo_of, first, rule), "B": other}
+            yield Explorer(ShardWorld({"A": first, "B": second}, unique, make, kind), actors)
+
+
+@pytest.mark.parametrize("unique", [False, True], ids=["etags", "times"])
+@pytest.mark.parametrize(
+    ("rule", "starts", "may_lose", "at_least"),
+    [(torn_looks, (PLANNED, leftovers()), False, 64_000_000), (as_it_is, (PLANNED,), True, 49_000_000)],
+    ids=["torn looks", "a late write"],
+)
+def test_every_history_of_redos(rule: Rule, starts: tuple[Disk, ...], may_lose: bool, at_least: int, unique: bool):
+    histories = 0
+    for start in starts:
+        for explorer in redo_explorers(unique, rule):
+            histories += explorer.explore(start, may_lose)
+    assert histories >= at_least
+
+
+@pytest.mark.parametrize("unique", [False, True], ids=["etags", "times"])
+def test_a_redo_replaces_the_commit_that_it_was_planned_for_and_no_other(unique: bool):
+    world = ShardWorld({"first": OLD, "second": OLD, "other": NEW_E}, unique)
+    redone = run_alone(world, PLANNED, "first", redo_of(OLD))
+    assert redone.data.rows == OLD
+    assert redone.errors is None
+    assert [mark.fingerprint for mark in redone.standing().marks] == ["old"]
+    assert redone.standing().valid_mark.commit != REPLACED
+    assert run_alone(world, redone, "second", redo_of(OLD)) == redone, "a rival has redone it: nothing is written"
+    newer = run_alone(world, replace(PLANNED, source="new"), "other", steps_of(NEW_E))
+    assert newer.standing().fingerprint == "new"
+    assert run_alone(world, newer, "first", redo_of(OLD)) == newer, "the source is another one by now"
+
+
 @pytest.mark.parametrize("unique", [False, True], ids=["etags", "times"])
 def test_every_history_of_a_commit_and_a_retirement(unique: bool):
     """A group that one run takes for vanished and another one has found again."""
     histories = 0
     for rows, start in product([OLD, OLD_E, NEW, NEW_E], STARTS.values()):
         world = ShardWorld({"A": rows, "retirer": rows}, unique)
-        actors = {"A": partial(steps_of, rows), "retirer": partial(retire_steps, SHARD)}
-        histories += Explorer(world, actors).explore(start, may_lose=True)
+        for shown in (None, start.standing()):
+            actors = {"A": partial(steps_of, rows), "retirer": partial(retire_steps, SHARD, shown)}
+            histories += Explorer(world, actors).explore(start, may_lose=shown is None)
         for disk in world.recovered:
             assert run_alone(world, disk, "retirer", retire_steps(SHARD)) == Disk(source=disk.source)
+            shown = disk.standing()
+            assert run_alone(world, disk, "retirer", retire_steps(SHARD, shown)) == Disk(source=disk.source)
+            other = replace(shown, part="another")
+            assert run_alone(world, disk, "retirer", retire_steps(SHARD, other)) == disk, "it is not what was shown"
     assert histories >= 500_000
 
 
@@ -286,8 +341,13 @@ def version_from_a_look_afterwards(step: Any, memory: set[Any]) -> Steps:
     ],
 )
 @pytest.mark.parametrize("unique", [False, True], ids=["etags", "times"])
-def test_a_wrong_order_is_found(rule: Rule, kind: type[Standing], says: str, unique: bool):
+@pytest.mark.parametrize("is_redo", [False, True], ids=["commits", "redos"])
+def test_a_wrong_order_is_found(rule: Rule, kind: type[Standing], says: str, is_redo: bool, unique: bool):
     def explore_all() -> None:
+        if is_redo:
+            for explorer in redo_explorers(unique, rule, kind):
+                explorer.explore(PLANNED)
+            return
         for (first, second), start in product(PAIRS, STARTS.values()):
             ShardWorld({"A": first, "B": second}, unique, with_rule(rule), kind).explorer().explore(start)
 

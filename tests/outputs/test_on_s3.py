@@ -57,6 +57,22 @@ def test_a_shard_is_committed_found_replaced_and_retired(server: S3Server, datas
     assert dataset.standing().keys() == {shard_id(1)}
 
 
+def test_a_redo_replaces_a_commit_also_by_the_very_same_bytes(server: S3Server, dataset: Dataset):
+    """Here, unlike on a disk, the same rows have the same version."""
+    dataset.claim_identity(IDENTITY)
+    commit(dataset, [piece(BOTH, 0, range(9), errors=[4])], 9)
+    before, mark = keys(server, dataset), dataset.standing_of(shard_id(0)).valid_mark
+    assert mark is not None
+    commit(dataset, [piece(BOTH, 0, range(9), errors=[4])], 9, replaces=mark.commit)
+    assert keys(server, dataset) == before
+    commit(dataset, [piece(BOTH, 0, range(9))], 9, replaces=mark.commit)
+    assert len(keys(server, dataset)) == len(before) - 1
+    redone = dataset.standing_of(shard_id(0)).valid_mark
+    assert redone is not None
+    commit(dataset, [piece(BOTH, 0, range(9), errors=[4])], 9, replaces=mark.commit)
+    assert dataset.standing_of(shard_id(0)).valid_mark == redone
+
+
 def test_an_empty_dataset_changes_hands_and_one_with_rows_does_not(dataset: Dataset):
     dataset.claim_identity(OTHER)
     dataset.claim_identity(IDENTITY)

@@ -96,11 +96,13 @@ def commit(
     fingerprint: str = "1" * 16,
     current: Callable[[], str] | None = None,
     retires: tuple[str, ...] = (),
+    replaces: str | None = None,
     identity: Identity = IDENTITY,
 ) -> Committed:
     """Commit shard `number`, `/in/<number>.tar`, from tables; `current` looks up the source's fingerprint."""
     places = tuple(range(len(pieces)))
-    task = CommitTask(number, f"file:///in/{number}.tar", shard_id(number), fingerprint, num_rows, places, "", retires)
+    url = f"file:///in/{number}.tar"
+    task = CommitTask(number, url, shard_id(number), fingerprint, num_rows, places, "", retires, replaces)
     context = CommitContext(dataset, identity, columns, "eager")
     return commit_shard(task, context, pieces.__getitem__, current or (lambda: fingerprint))
 

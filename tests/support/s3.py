@@ -175,11 +175,16 @@ class S3Server:
 
 
 @contextmanager
-def s3_server() -> Iterator[S3Server]:
-    """A running server with the empty buckets `raw` and `labels`."""
+def s3_server(job: Identity = JOB, for_all: bool = False) -> Iterator[S3Server]:
+    """A running server with the empty buckets `raw` and `labels`; another `job` than JOB may do the same.
+
+    With `for_all` so may whoever shows no keys: for workers whose environment a test does not make.
+    """
     directory = Path(tempfile.mkdtemp(prefix="s3-"))  # short: the path of a Unix socket has at most 107 bytes
-    server = S3Server(directory, free_ports(5 + len(GRPC_SERVERS)))
-    (directory / "s3.json").write_text(json.dumps({"identities": [_entry(i, ACTIONS[i]) for i in (OWNER, JOB)]}))
+    server = S3Server(directory, free_ports(5 + len(GRPC_SERVERS)), job=job)
+    identities = [_entry(OWNER, ACTIONS[OWNER]), _entry(job, ACTIONS[JOB])]
+    identities += [{"name": "anonymous", "actions": ACTIONS[JOB]}] if for_all else []
+    (directory / "s3.json").write_text(json.dumps({"identities": identities}))
     try:
         server.start()
         client = server.client(server.owner)

@@ -1,0 +1,240 @@
+"""What the driver does while the graph runs: it turns receipts into commits.
+
+It handles receipts and references only, never pixels or vectors. `Run.loop` is the flow of it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol
+
+import pyarrow as pa
+import ray
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError
+
+from pipeline.budget import ErrorBudget
+from pipeline.cluster import Cluster
+from pipeline.config import JobConfig
+from pipeline.errors import ModelMismatch, PipelineError, Stopped, StoreFull, TransientError
+from pipeline.inputs.shards import current_fingerprint
+from pipeline.outputs.commit import CommitContext, CommitTask, Committed, commit_shard, describe
+from pipeline.outputs.ledger import Abandon, Commit, Decision, Progress, Receipt
+from pipeline.planning import Task
+from pipeline.storage import Store
+from pipeline.witness import Casualties
+
+MAX_COMMITS = 16  # under way at once; more pieces than that wait in the object store
+STOP_GRACE_S = 20.0
+PUMP_GRACE_S = 5.0
+
+Execute = Callable[[], tuple[Iterator[Any], Callable[[], None]]]  # see flow.execute
+
+
+class Watcher(Protocol):
+    """Who is told what happens, such as a progress bar."""
+
+    def on_rows(self, rows: int, errors: int) -> None: ...
+    def on_committed(self, task: Task, committed: Committed) -> None: ...
+    def on_open(self, task: Task, reason: str) -> None: ...
+    def on_unfinished(self, tasks: Sequence[Task]) -> None: ...
+    def on_tick(self) -> None: ...
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=3)
+class Committer:
+    """Reads what is in a piece, and commits shards. A long-lived actor: a task per block costs 30 % of the rate."""
+
+    def __init__(self, source: Store, context: CommitContext) -> None:
+        self._source, self._context = source, context
+
+    def describe(self, *blocks: pa.Table) -> list[Receipt]:
+        """The receipts of these blocks; `piece` is the block's place among the arguments."""
+        return [receipt for place, block in enumerate(blocks) for receipt in describe(block, place)]
+
+    def commit(self, decision: Commit, task: Task) -> Committed:
+        return commit_shard(
+            CommitTask(
+                number=decision.shard,
+                shard_url=task.shard.url,
+                shard_id=task.shard.id,
+                fingerprint=task.shard.fingerprint,
+                num_rows=decision.num_rows,
+                pieces=decision.pieces,
+                retires=task.retires,
+                replaces=task.replaces,
+                last_path=task.last_path,
+            ),
+            self._context,
+            fetch=ray.get,
+            source_fingerprint=lambda: current_fingerprint(task.shard, self._source),
+        )
+
+
+class Run:
+    """One run of the flow over the tasks of a plan."""
+
+    def __init__(
+        self, tasks: Sequence[Task], config: JobConfig, context: CommitContext, cluster: Cluster, watcher: Watcher
+    ) -> None:
+        self._tasks, self._watcher = tasks, watcher
+        self._progress = Progress(len(tasks), {n: t.after for n, t in enumerate(tasks) if t.after is not None})
+        self._budget = ErrorBudget(config.input.max_errors, config.input.max_error_rate)
+        self._casualties = Casualties()
+        source = Store(config.input_storage)
+        strategy = {"scheduling_strategy": "SPREAD", "max_concurrency": 2 * MAX_COMMITS}
+        self._committers = [
+            Committer.options(**strategy).remote(source, context)  # type: ignore[attr-defined]
+            for _ in range(min(cluster.num_nodes, 16))
+        ]
+        self._pending: dict[Any, Callable[[Any], None]] = {}  # what is under way, and what its answer is for
+        self._commits = 0
+        self._turn = 0
+        self._bundles: queue.Queue[Any] = queue.Queue(maxsize=64)
+        self._stopping = threading.Event()
+        self._end: Callable[[], None] = lambda: None  # ends the execution, once there is one
+
+    def loop(self, execute: Execute) -> None:
+        """Until every shard is committed or given up. `execute` starts what makes the pieces.
+
+        On Ctrl-C or SIGTERM (KeyboardInterrupt), and where going on makes no sense (TransientError), shards whose rows
+        have all arrived are committed before it is raised.
+        """
+        pump = threading.Thread(target=self._pump, args=(execute,), daemon=True)
+        pump.start()
+        try:
+            finished = False
+            while not finished or self._pending:
+                finished = finished or self._take_bundles(wait=not self._pending)
+                self._handle_answers(timeout_s=0.1)
+                self._casualties.check()
+                self._watcher.on_tick()
+        except (KeyboardInterrupt, TransientError):
+            self._end_execution()
+            self._finish()
+            raise
+        finally:
+            self._stop(pump)
+            self._watcher.on_unfinished([self._tasks[number] for number in self._progress.unsettled()])
+
+    def _end_execution(self) -> None:
+        """In a cluster that goes on, an execution that nobody reads any more would keep its actors."""
+        self._stopping.set()
+        self._end()
+
+    def _stop(self, pump: threading.Thread) -> None:
+        """Let the pump end, which may wait for room."""
+        self._end_execution()
+        deadline = time.monotonic() + PUMP_GRACE_S
+        while pump.is_alive() and time.monotonic() < deadline:
+            with suppress(queue.Empty):
+                self._bundles.get(timeout=0.1)
+
+    def _pump(self, execute: Execute) -> None:
+        """Hand the references to finished blocks to the loop, which may be busy: Ray Data blocks while it waits."""
+        try:
+            bundles, self._end = execute()
+            for bundle in bundles:
+                if self._stopping.is_set():
+                    return
+                self._bundles.put([entry.ref for entry in bundle.blocks])
+        except BaseException as error:  # noqa: BLE001 - it is raised again where it is waited for
+            self._bundles.put(error)
+        else:
+            self._bundles.put(None)
+
+    def _take_bundles(self, wait: bool) -> bool:
+        """Send what has arrived to be described. True once there is no more."""
+        while self._commits < MAX_COMMITS * len(self._committers):
+            try:
+                refs = self._bundles.get(block=wait, timeout=0.2)
+            except queue.Empty:
+                return False
+            wait = False
+            if refs is None:
+                return True
+            if isinstance(refs, BaseException):
+                raise readable(refs)
+            self._casualties.on_progress()
+            if refs:
+                described = self._committer().describe.remote(*refs)
+                self._pending[described] = partial(self._on_receipts, refs)
+        return False
+
+    def _committer(self) -> Any:
+        self._turn += 1
+        return self._committers[self._turn % len(self._committers)]
+
+    def _handle_answers(self, timeout_s: float) -> None:
+        if not self._pending:
+            return
+        ready, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=timeout_s)
+        for ref in ready:
+            self._pending.pop(ref)(ref)
+
+    def _on_receipts(self, refs: list[Any], answer: Any) -> None:
+        for receipt in ray.get(answer):
+            if self._progress.is_news(receipt):
+                self._watcher.on_rows(len(receipt.indices), receipt.errors)
+                excess = self._budget.spend(len(receipt.indices), receipt.errors)
+                if excess and not self._stopping.is_set():
+                    raise Stopped(f"{excess}. Look at errors/*.parquet and at the source, or raise the limit.")
+            self._act(self._progress.on_receipt(replace(receipt, piece=refs[receipt.piece])))
+
+    def _act(self, decisions: list[Decision]) -> None:
+        for decision in decisions:
+            if isinstance(decision, Abandon):
+                self._open(decision.shard, decision.reason)
+                continue
+            self._commits += 1
+            committing = self._committer().commit.remote(decision, self._tasks[decision.shard])
+            self._pending[committing] = partial(self._on_commit, decision.shard)
+
+    def _on_commit(self, number: int, answer: Any) -> None:
+        self._commits -= 1
+        try:
+            committed: Committed = ray.get(answer)
+        except Exception as cause:
+            error = readable(cause)
+            if isinstance(error, ModelMismatch):
+                raise error from cause
+            if isinstance(error, StoreFull) and not self._stopping.is_set():
+                self._open(number, str(error))
+                raise error from cause
+            self._open(number, str(error))
+            self._act(self._progress.on_failed(number))
+            return
+        self._watcher.on_committed(self._tasks[number], committed)
+        self._act(self._progress.on_committed(number))
+
+    def _open(self, number: int, reason: str) -> None:
+        self._watcher.on_open(self._tasks[number], reason)
+
+    def _finish(self) -> None:
+        """Commit what has arrived, within the grace that is left before a SIGKILL."""
+        deadline = time.monotonic() + STOP_GRACE_S
+        with suppress(PipelineError):  # what ended the graph meanwhile; the first reason to stop counts
+            self._take_bundles(wait=False)
+        while self._pending and time.monotonic() < deadline:
+            self._handle_answers(timeout_s=0.2)
+
+
+def readable(error: BaseException) -> BaseException:
+    """Our own error inside what Ray wraps around it, if there is one, or that says what Ray's means."""
+    if isinstance(error, OutOfDiskError | ObjectStoreFullError):
+        return Stopped(
+            "Ray's object store is full on a node, and so is the disk that it spills to (RAY_TMPDIR, else /tmp). Free"
+            " space there; what is committed stays."
+        )
+    cause: BaseException | None = error
+    while cause is not None:
+        inner = getattr(cause, "cause", None)  # what a RayTaskError, itself of the cause's class, was made of
+        if isinstance(cause, PipelineError) and inner is None:
+            return cause
+        cause = inner or cause.__cause__
+    return error

@@ -1,0 +1,125 @@
+"""Runs that end before they are through: by an error budget, a signal, a full disk, or for want of memory."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+import pipeline
+from pipeline.driver import readable
+from pipeline.errors import ExitCode, Stopped
+from tests.support.chaos import start_run
+from tests.support.disks import small_disk
+from tests.support.jobs import assert_exactly_once, assert_no_leftovers, digits_config, digits_tars, rows
+
+NOOP = {"model": {"name": "resnet18", "weights": "random"}, "runtime": {"engine": "noop", "batch_size": 8}}
+
+
+def wait_until(reached: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while not reached():
+        assert process.poll() is None, "the run has ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("limit", [{"max_errors": 5}, {"max_error_rate": 0.05}])
+def test_a_rotten_source_stops_the_run(limit: dict[str, float], tmp_path: Path) -> None:
+    digits_tars(tmp_path / "shards", 12, 20, broken=range(10))
+    config = digits_config(tmp_path / "shards", tmp_path / "labels", **NOOP)
+    report = pipeline.run(config | {"input": config["input"] | limit})
+    assert report.exit_code == ExitCode.INCOMPLETE
+    assert "samples so far are error rows" in report.message
+    assert "Run again" in report.message
+    assert report.shards_committed + len(report.open) == 12
+    assert report.shards_committed < 12
+    pipeline.run(config)
+    assert_exactly_once(tmp_path / "labels", 12 * 20)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_within_the_budget_nothing_stops(tmp_path: Path) -> None:
+    digits_tars(tmp_path / "shards", 3, 20, broken=[3])
+    config = digits_config(tmp_path / "shards", tmp_path / "labels", **NOOP)
+    report = pipeline.run(config | {"input": config["input"] | {"max_errors": 3, "max_error_rate": 0.05}})
+    assert (report.exit_code, report.errors) == (ExitCode.COMPLETE, 3)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_full_disk_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
+    digits_tars(tmp_path / "shards", 12, 40)
+    with small_disk(tmp_path) as disk:
+        (disk / "full").write_bytes(bytes(2**20 - 60_000))
+        config = digits_config(tmp_path / "shards", disk / "labels", **NOOP)
+        started = time.monotonic()
+        report = pipeline.run(config)
+        assert report.exit_code == ExitCode.INCOMPLETE
+        assert time.monotonic() - started < 60
+        assert "No space left on device" in report.message
+        assert "Free space and run again" in report.message
+        assert_no_leftovers(disk / "labels")
+        (disk / "full").unlink()
+        assert pipeline.run(config).exit_code == ExitCode.COMPLETE
+        assert_exactly_once(disk / "labels", 12 * 40)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_everything_starts(number: int, tmp_path: Path) -> None:
+    """Also while Ray starts, which has a handler of its own that exits with another code."""
+    digits_tars(tmp_path / "shards", 2, 10)
+    run = start_run(digits_config(tmp_path / "shards", tmp_path / "labels", **NOOP), tmp_path)
+    wait_until(lambda: bool(psutil.Process(run.pid).children()), run)  # the first of Ray's processes
+    run.send_signal(number)
+    assert run.wait(30) == ExitCode.INCOMPLETE
+    assert "run again" in (tmp_path / "driver.log").read_text().lower()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_has_arrived_when_the_signal_comes_is_committed(tmp_path: Path) -> None:
+    """Within the 30 s that Kubernetes gives between SIGTERM and SIGKILL."""
+    digits_tars(tmp_path / "shards", 30, 40, scale=40)
+    address = ray.get_runtime_context().gcs_address
+    config = digits_config(
+        tmp_path / "shards", tmp_path / "labels", model={"name": "tests.support.slow_network:build"},
+        runtime={"address": address, "engine": "eager", "batch_size": 16},
+    )  # fmt: skip
+    run = start_run(config, tmp_path)
+    wait_until(lambda: len(list((tmp_path / "labels").glob("data/*.parquet"))) >= 2, run)
+    run.terminate()
+    started = time.monotonic()
+    assert run.wait(60) == ExitCode.INCOMPLETE
+    assert time.monotonic() - started < 25
+    log = (tmp_path / "driver.log").read_text()
+    assert "stopped on request" in log
+    assert pipeline.verify(str(tmp_path / "labels")).ok
+    assert 2 <= len(rows(tmp_path / "labels")) / 40 < 30
+
+
+@pytest.mark.slow
+def test_a_node_without_memory_ends_the_run_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's memory monitor kills whatever works, and Ray starts it again for ever."""
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.01")
+    digits_tars(tmp_path / "shards", 2, 10)
+    run = start_run(digits_config(tmp_path / "shards", tmp_path / "labels", **NOOP), tmp_path)
+    assert run.wait(240) == ExitCode.INCOMPLETE
+    assert "memory monitor killed" in (tmp_path / "driver.log").read_text()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_full_disk_under_rays_object_store_is_a_sentence() -> None:
+    @ray.remote(max_retries=0)
+    def spill() -> None:
+        raise ray.exceptions.OutOfDiskError("Local disk is full")
+
+    with pytest.raises(ray.exceptions.RayError) as raised:
+        ray.get(spill.remote())
+    assert isinstance(readable(raised.value), Stopped)
+    assert "Free space" in str(readable(raised.value))

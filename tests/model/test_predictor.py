@@ -1,0 +1,169 @@
+"""The predictor under attack: images that kill its process, and devices that run out of memory."""
+
+from __future__ import annotations
+
+import io
+import logging
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.config import Input, Transform
+from pipeline.deaths import LONE_DEATHS, SPLIT_AFTER, Fate, Notes
+from pipeline.errors import FatalError
+from pipeline.inputs.stream import pixel_blocks
+from pipeline.model import predictor as module
+from pipeline.model.engines import OutOfMemory
+from pipeline.model.predictor import PredictorSettings, ResNetPredictor
+from pipeline.model.spec import ModelInfo, make_spec
+from pipeline.rows import Columns, Kind, Row
+from tests.model.helpers import make_job
+from tests.test_deaths import Died, Machine
+
+BATCH = 4
+SIDE = 8
+TRANSFORM = Transform(resize=None, crop=None)
+COLUMNS = Columns(predictions=True, embeddings=True, embedding_dtype="float32", embedding_dim=2)
+INFO = ModelInfo(3, ("a", "b", "c"), TRANSFORM, 2)
+ADDED = 255  # the colour of poison
+
+
+def png(colour: int, side: int = SIDE) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), (colour, colour, colour)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def block_of(colours: list[int], side: int = SIDE) -> pa.Table:
+    """Images of these colours, an error row and the end of their shard."""
+    rows = [Row(0, Kind.SAMPLE, index, str(index), png(colour, side)) for index, colour in enumerate(colours)]
+    rows += [Row(0, Kind.SAMPLE, len(colours), "broken", b"broken"), Row(0, Kind.END, len(colours) + 1)]
+    return pa.concat_tables(pixel_blocks(rows, TRANSFORM, Input(url="in"), 1000)).combine_chunks()
+
+
+def load(monkeypatch: pytest.MonkeyPatch, engine: Any, notes: Notes | None = None) -> ResNetPredictor:
+    """A predictor over an engine that a test brings along."""
+    monkeypatch.setattr(module, "load_engine", lambda *_: engine)
+    return ResNetPredictor(
+        make_spec(make_job(engine="noop")), INFO, PredictorSettings("eager", "cpu", BATCH, 2, COLUMNS), notes
+    )
+
+
+def colour_engine(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Results that tell which image a row is of."""
+    colours = pixels[:, 0, 0, 0].astype(np.float32)
+    return np.stack([colours, -colours, 0 * colours], axis=1), np.stack([colours, colours + 1], axis=1)
+
+
+def by_index(pieces: pa.Table) -> dict[tuple[int, int], dict[str, Any]]:
+    rows = pieces.to_pylist()
+    found = {(row["kind"], row["index"]): row for row in rows}
+    assert len(found) == len(rows), "no row stands twice"
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=11), st.sets(st.integers(0, 10), max_size=3))
+def test_only_the_images_that_kill_become_error_rows(colours: list[int], poisons: set[int]) -> None:
+    machine = Machine()
+    colours = [ADDED if place in poisons else colour for place, colour in enumerate(colours)]
+
+    def engine(pixels: np.ndarray) -> Any:
+        if (pixels[:, 0, 0, 0] == ADDED).any():
+            machine.die()
+            raise Died
+        return colour_engine(pixels)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        undisturbed = by_index(load(monkeypatch, colour_engine)(block_of(colours)))
+        for _ in range(100):
+            try:
+                found = by_index(load(monkeypatch, engine, machine)(block_of(colours)))
+                break
+            except Died:
+                continue
+    for place, colour in enumerate(colours):
+        if colour == ADDED:
+            row = found[Kind.ERROR, place]
+            assert (row["stage"], row["error"], row["key"]) == ("predict", "killed_worker", str(place))
+            assert row["class_id"] is None
+        else:
+            assert found[Kind.SAMPLE, place] == undisturbed[Kind.SAMPLE, place], "the others' bits are the same"
+    assert found.keys() - {(Kind.ERROR, p) for p in poisons} <= undisturbed.keys()
+    assert len(found) == len(colours) + 2
+    poisoned_batches = len({place // BATCH for place, colour in enumerate(colours) if colour == ADDED})
+    limit = SPLIT_AFTER * (1 + poisoned_batches) + LONE_DEATHS * colours.count(ADDED)
+    assert len(machine.dead) <= limit
+
+
+def test_deaths_that_are_nobodys_fault_never_make_an_error_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine()
+    deaths = 0
+
+    def engine(pixels: np.ndarray) -> Any:
+        nonlocal deaths
+        if deaths < 30:
+            deaths += 1
+            machine.die(Fate.EXCUSED)
+            raise Died
+        return colour_engine(pixels)
+
+    while True:
+        try:
+            found = by_index(load(monkeypatch, engine, machine)(block_of([1, 2, 3])))
+            break
+        except Died:
+            continue
+    assert [key for key in found if key[0] == Kind.ERROR] == [(Kind.ERROR, 3)]
+    assert found[Kind.ERROR, 3]["error"] == "not_an_image"
+
+
+@pytest.mark.parametrize("room", [1, 2, 3])
+def test_a_device_that_is_too_small_gets_smaller_batches(
+    room: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The rows are the same, and it is said once."""
+    asked: list[int] = []
+
+    def engine(pixels: np.ndarray) -> Any:
+        asked.append(len(pixels))
+        if len(pixels) > room:
+            raise OutOfMemory("CUDA out of memory")
+        return colour_engine(pixels)
+
+    colours = list(range(1, 12))
+    whole = by_index(load(monkeypatch, colour_engine)(block_of(colours)))
+    caplog.set_level(logging.WARNING)
+    small = load(monkeypatch, engine)
+    assert by_index(small(block_of(colours))) == whole
+    assert by_index(small(block_of(colours))) == whole
+    assert sum(size > room for size in asked) == (2 if room == 1 else 1), "what did not fit is not tried again"
+    assert len(caplog.records) == (2 if room == 1 else 1)
+    assert "out of device memory" in caplog.text
+
+
+def test_a_device_that_holds_not_one_image_ends_the_run_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def engine(pixels: np.ndarray) -> Any:
+        raise OutOfMemory("CUDA out of memory")
+
+    with pytest.raises(FatalError, match="not enough memory for a single image of 8 x 8 pixels"):
+        load(monkeypatch, engine)(block_of([1]))
+
+
+def test_torchs_own_error_is_recognised() -> None:
+    import torch
+    from torch import Tensor
+
+    from pipeline.model.torch_engine import TorchEngine
+
+    def forward(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    engine = TorchEngine(forward, torch.device("cpu"), None)
+    with pytest.raises(OutOfMemory, match=r"2\.00 GiB"):
+        engine(np.zeros((1, 8, 8, 3), np.uint8))
