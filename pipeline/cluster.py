@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pipeline.config import JobConfig
-from pipeline.errors import ConfigError, FatalError
+from pipeline.errors import ConfigError, FatalError, clean
 from pipeline.storage import is_local
 
 log = logging.getLogger(__name__)
 
+KNOCK_S = 10.0
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a submitted job
 
 
@@ -74,9 +76,17 @@ def _init(address: str) -> None:
             ray.init("local", include_dashboard=False, logging_level=logging.WARNING)
     else:
         try:
+            _knock(address)
             ray.init(address, logging_level=logging.WARNING)
-        except ConnectionError as cause:
-            raise FatalError(f"runtime.address: cannot connect to {address}: {cause}") from cause
+        except OSError as cause:
+            raise FatalError(f"runtime.address: cannot connect to {address}: {clean(cause)}.") from cause
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens at this `host:port`: Ray would try for a quarter of an hour."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
 
 
 @contextmanager

@@ -57,6 +57,8 @@ class Pieces(io.BytesIO):
 def check_effort(data: bytes, image: ImageFile.ImageFile, max_pixels: int) -> None:
     """Raise Reject for what would take minutes or gigabytes to read, though its size is within the limit."""
     if isinstance(image, JpegImagePlugin.JpegImageFile):
+        if _has_one_scan(data, image):
+            return
         pixels, allowed = image.width * image.height, MAX_SCANS * max_pixels
         # The first count is quick, and may find too many: in a thumbnail, a second picture, a film behind it.
         if data.count(b"\xff\xda") * pixels > allowed and (scans := _scans(data)) * pixels > allowed:
@@ -99,6 +101,15 @@ def check_rows(data: bytes, image: ImageFile.ImageFile) -> None:
 
 
 # --- JPEG ----------------------------------------------------------------------------------------------------------
+
+
+def _has_one_scan(data: bytes, image: JpegImagePlugin.JpegImageFile) -> bool:
+    """Whether the first scan holds all there is, as in most files, so that libjpeg looks for no other."""
+    if image.info.get("progressive") or image.fp is None:
+        return False
+    length = 8 + 2 * image.layers  # of the segment that begins a scan of all components, behind which Pillow stopped
+    begin = image.fp.tell() - length
+    return data[begin : begin + 5] == bytes([0xFF, 0xDA, 0, length - 2, image.layers])
 
 
 def _scans(data: bytes) -> int:

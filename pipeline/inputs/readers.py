@@ -245,7 +245,7 @@ class _StrictTarInfo(tarfile.TarInfo):
         return member
 
     def _proc_pax(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
-        """Python before 3.11.13 takes what it can of damaged attributes: an image may lose its name, and be no image."""
+        """Python before 3.11.13 takes what it can of damaged attributes: an image may lose its name and be none."""
         stream = cast(_TarStream, tar.fileobj)
         body = stream.read(-(-self.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
         if not _is_pax(body[: self.size]):

@@ -313,6 +313,14 @@ def test_odd_and_refused(name: str) -> None:
     assert time.process_time() - begin < 3
 
 
+def test_run_lengths_are_read_up_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = READ_AS_PILLOW["bmp with run lengths"]
+    monkeypatch.setattr(guards, "MAX_RUNS", 28)
+    assert verdicts(data) == ("", "")
+    monkeypatch.setattr(guards, "MAX_RUNS", 20)
+    assert verdicts(data) == ("too_large", "too_large")
+
+
 # --- cut off anywhere ---
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")

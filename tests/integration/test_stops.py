@@ -15,7 +15,7 @@ import ray
 import pipeline
 from pipeline.driver import readable
 from pipeline.errors import ExitCode, Stopped
-from tests.support.chaos import start_run
+from tests.support.arena import start_run
 from tests.support.disks import small_disk
 from tests.support.jobs import assert_exactly_once, assert_no_leftovers, digits_config, digits_tars, rows
 
@@ -123,3 +123,12 @@ def test_a_full_disk_under_rays_object_store_is_a_sentence() -> None:
         ray.get(spill.remote())
     assert isinstance(readable(raised.value), Stopped)
     assert "Free space" in str(readable(raised.value))
+
+
+def test_a_cluster_that_is_not_there_is_a_sentence_at_once(tmp_path: Path) -> None:
+    """Ray itself would try for a quarter of an hour."""
+    digits_tars(tmp_path / "shards", 1, 2)
+    config = digits_config(tmp_path / "shards", tmp_path / "labels", **NOOP)
+    run = start_run(config | {"runtime": config["runtime"] | {"address": "127.0.0.1:1"}}, tmp_path)
+    assert run.wait(60) == ExitCode.FAILED
+    assert "cannot connect to 127.0.0.1:1" in (tmp_path / "driver.log").read_text()
