@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from pipeline.config import JobConfig
@@ -76,17 +76,39 @@ def _init(address: str) -> None:
             ray.init("local", include_dashboard=False, logging_level=logging.WARNING)
     else:
         try:
-            _knock(address)
-            ray.init(address, logging_level=logging.WARNING)
+            with nullcontext() if _is_reached(address) else on_loopback():
+                ray.init(address, logging_level=logging.WARNING)
         except OSError as cause:
             raise FatalError(f"runtime.address: cannot connect to {address}: {clean(cause)}.") from cause
 
 
-def _knock(address: str) -> None:
-    """Raise OSError where nobody listens at this `host:port`: Ray would try for a quarter of an hour."""
+def _is_reached(address: str) -> bool:
+    """Whether `host:port` is reached as Ray would do it, which replaces a loopback address by an outside one; False
+    where only loopback answers. Raises OSError where nobody does: Ray would try for a quarter of an hour."""
+    from ray._private.services import resolve_ip_for_localhost
+
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
+    if not port.isdigit():
+        return True
+    host = host.strip("[]")
+    outside = resolve_ip_for_localhost(host)
+    if outside != host and not _answers(outside, int(port)):
+        _knock(host, int(port))
+        return False
+    _knock(outside, int(port))
+    return True
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        _knock(host, port)
+    except OSError:
+        return False
+    return True
+
+
+def _knock(host: str, port: int) -> None:
+    socket.create_connection((host, port), timeout=KNOCK_S).close()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import pipeline
 from pipeline.config import make_config
 from pipeline.outputs.dataset import Dataset
 from pipeline.storage import Store
+from tests.support.arena import start_run
 from tests.support.head import Head, clean_environment, ray_head
 from tests.support.jobs import WEIGHTS, digits_config, digits_tars
 from tests.support.s3 import S3Server, s3_server
@@ -136,3 +137,12 @@ def test_every_way_gives_the_same_rows(s3: S3Server):
     first, second = (dataset_rows(s3, name) for name in ("by-us", "by-function"))
     assert first.equals(second)
     assert first.select(["key", "label"]).equals(dataset_rows(s3, "by-ray").select(["key", "label"]))
+
+
+def test_a_driver_joins_a_head_that_listens_on_loopback_alone(head: Head, tmp_path: Path):
+    """Ray replaces a loopback address by an outside one, where such a head does not answer."""
+    digits_tars(tmp_path / "shards", 1, 3)
+    noop = {"runtime": {"engine": "noop", "device": "cpu", "batch_size": 8, "address": head.gcs}}
+    random = {"model": {"name": "resnet18", "weights": "random"}}
+    config = digits_config(tmp_path / "shards", tmp_path / "labels", **noop, **random)
+    assert start_run(config, tmp_path).wait(90) == 0, (tmp_path / "driver.log").read_text()
