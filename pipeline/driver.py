@@ -25,6 +25,7 @@ from pipeline.errors import ModelMismatch, PipelineError, Stopped, StoreFull, Tr
 from pipeline.inputs.shards import current_fingerprint
 from pipeline.outputs.commit import CommitContext, CommitTask, Committed, commit_shard, describe
 from pipeline.outputs.ledger import Abandon, Commit, Decision, Progress, Receipt
+from pipeline.outputs.workspace import sweep_workspaces
 from pipeline.planning import Task
 from pipeline.storage import Store
 from pipeline.witness import Casualties
@@ -52,6 +53,7 @@ class Committer:
 
     def __init__(self, source: Store, context: CommitContext) -> None:
         self._source, self._context = source, context
+        sweep_workspaces()
 
     def describe(self, *blocks: pa.Table) -> list[Receipt]:
         """The receipts of these blocks; `piece` is the block's place among the arguments."""

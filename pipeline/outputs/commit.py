@@ -28,6 +28,7 @@ from pipeline.outputs.ledger import (
     run_steps,
 )
 from pipeline.outputs.schema import ROWS_PER_GROUP, Footer, errors_schema, part_schema, write_parquet
+from pipeline.outputs.workspace import workspace
 from pipeline.rows import Columns, Kind
 
 Fetch = Callable[[Any], pa.Table]
@@ -98,10 +99,10 @@ def commit_shard(
     `source_fingerprint` looks up the source as it is now. Raises SourceChanged, ModelMismatch or a store's error;
     whatever stands then is done again by the next run.
     """
-    with tempfile.TemporaryDirectory(prefix="resnet-batch-") as folder:
+    with workspace() as folder:
         merge = Merge(task, context.columns, fetch)
         footer = merge.footer(context)
-        part, errors = Path(folder, "part"), Path(folder, "errors")
+        part, errors = folder / "part", folder / "errors"
         _write(part, part_schema(context.columns), merge.parts(), footer)
         if merge.num_errors:
             _write(errors, errors_schema(), merge.errors(), footer)

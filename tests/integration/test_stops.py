@@ -17,7 +17,7 @@ from pipeline.driver import readable
 from pipeline.errors import ExitCode, Stopped
 from tests.support.arena import start_run
 from tests.support.disks import small_disk
-from tests.support.jobs import assert_exactly_once, assert_no_leftovers, digits_config, digits_tars, rows
+from tests.support.jobs import assert_exactly_once, assert_no_leftovers, digits_config, digits_tars
 
 NOOP = {"model": {"name": "resnet18", "weights": "random"}, "runtime": {"engine": "noop", "batch_size": 8}}
 
@@ -80,27 +80,6 @@ def test_a_signal_while_everything_starts(number: int, tmp_path: Path) -> None:
     run.send_signal(number)
     assert run.wait(30) == ExitCode.INCOMPLETE
     assert "run again" in (tmp_path / "driver.log").read_text().lower()
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_what_has_arrived_when_the_signal_comes_is_committed(tmp_path: Path) -> None:
-    """Within the 30 s that Kubernetes gives between SIGTERM and SIGKILL."""
-    digits_tars(tmp_path / "shards", 30, 40, scale=40)
-    address = ray.get_runtime_context().gcs_address
-    config = digits_config(
-        tmp_path / "shards", tmp_path / "labels", model={"name": "tests.support.slow_network:build"},
-        runtime={"address": address, "engine": "eager", "batch_size": 16},
-    )  # fmt: skip
-    run = start_run(config, tmp_path)
-    wait_until(lambda: len(list((tmp_path / "labels").glob("data/*.parquet"))) >= 2, run)
-    run.terminate()
-    started = time.monotonic()
-    assert run.wait(60) == ExitCode.INCOMPLETE
-    assert time.monotonic() - started < 25
-    log = (tmp_path / "driver.log").read_text()
-    assert "stopped on request" in log
-    assert pipeline.verify(str(tmp_path / "labels")).ok
-    assert 2 <= len(rows(tmp_path / "labels")) / 40 < 30
 
 
 @pytest.mark.slow
