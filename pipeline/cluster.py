@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -51,7 +53,8 @@ def connected(config: JobConfig) -> Iterator[Cluster]:
     ours = not ray.is_initialized()
     if ours:
         try:
-            _init(config.runtime.address)
+            with _first_interrupt_waits():
+                _init(config.runtime.address)
         except SystemExit as stop:  # what ray.init's own handler makes of a SIGTERM meanwhile
             raise KeyboardInterrupt from stop
     try:
@@ -62,6 +65,28 @@ def connected(config: JobConfig) -> Iterator[Cluster]:
     finally:
         if ours:
             ray.shutdown()
+
+
+@contextmanager
+def _first_interrupt_waits() -> Iterator[None]:
+    """A Ctrl-C meanwhile counts at the end: inside ray.init it might be swallowed. A second one counts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        came.append(number)
+        if len(came) > 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _init(address: str) -> None:

@@ -78,7 +78,7 @@ def test_a_signal_while_everything_starts(number: int, tmp_path: Path) -> None:
     run = start_run(digits_config(tmp_path / "shards", tmp_path / "labels", **NOOP), tmp_path)
     wait_until(lambda: bool(psutil.Process(run.pid).children()), run)  # the first of Ray's processes
     run.send_signal(number)
-    assert run.wait(30) == ExitCode.INCOMPLETE
+    assert run.wait(60) == ExitCode.INCOMPLETE
     assert "run again" in (tmp_path / "driver.log").read_text().lower()
 
 
