@@ -21,7 +21,8 @@ from tests.support.relay import Relay, relay
 from tests.support.s3 import S3Server, s3_server
 from tests.support.soundness import Expected, InBucket, OnDisk, Place
 
-SHARDS, PER_SHARD, SCALE = 30, 40, 40
+SHARDS, PER_SHARD = 30, 40
+SCALE = int(os.environ.get("CHAOS_SCALE", "40"))  # how large the digits are: what makes decoding take its time
 BATCH_SIZE = 16
 UNDISTURBED_S = 300.0
 # Of a hundred requests, ten go wrong.
