@@ -141,6 +141,8 @@ class Run:
         """Hand the references to finished blocks to the loop, which may be busy: Ray Data blocks while it waits."""
         try:
             bundles, self._end = execute()
+            if self._stopping.is_set():  # while it was started, so that nobody could end it
+                self._end()
             for bundle in bundles:
                 if self._stopping.is_set():
                     return
@@ -191,7 +193,7 @@ class Run:
     def _act(self, decisions: list[Decision]) -> None:
         for decision in decisions:
             if isinstance(decision, Abandon):
-                self._open(decision.shard, decision.reason)
+                self._watcher.on_open(self._tasks[decision.shard], decision.reason)
                 continue
             self._commits += 1
             committing = self._committer().commit.remote(decision, self._tasks[decision.shard])
@@ -205,24 +207,20 @@ class Run:
             error = readable(cause)
             if isinstance(error, ModelMismatch):
                 raise error from cause
-            if isinstance(error, StoreFull) and not self._stopping.is_set():
-                self._open(number, str(error))
-                raise error from cause
-            self._open(number, str(error))
+            self._watcher.on_open(self._tasks[number], str(error))
             self._act(self._progress.on_failed(number))
+            if isinstance(error, StoreFull) and not self._stopping.is_set():
+                raise error from cause
             return
         self._watcher.on_committed(self._tasks[number], committed)
         self._act(self._progress.on_committed(number))
 
-    def _open(self, number: int, reason: str) -> None:
-        self._watcher.on_open(self._tasks[number], reason)
-
     def _finish(self) -> None:
         """Commit what has arrived, within the grace that is left before a SIGKILL."""
         deadline = time.monotonic() + STOP_GRACE_S
-        with suppress(PipelineError):  # what ended the graph meanwhile; the first reason to stop counts
-            self._take_bundles(wait=False)
-        while self._pending and time.monotonic() < deadline:
+        while (self._pending or not self._bundles.empty()) and time.monotonic() < deadline:
+            with suppress(Exception):  # what an execution says that was broken off; the reason to stop counts
+                self._take_bundles(wait=False)
             self._handle_answers(timeout_s=0.2)
 
 

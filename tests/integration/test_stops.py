@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import ray
 
 import pipeline
-from pipeline.driver import readable
+from pipeline.cluster import Cluster
+from pipeline.config import make_config
+from pipeline.driver import Run, readable
 from pipeline.errors import ExitCode, Stopped
+from pipeline.outputs.commit import CommitContext
+from pipeline.outputs.dataset import Dataset
+from pipeline.report import Counter, RunReport
+from pipeline.rows import Columns
+from pipeline.storage import Store
 from tests.support.arena import start_run
 from tests.support.disks import small_disk
 from tests.support.jobs import assert_exactly_once, assert_no_leftovers, digits_config, digits_tars
@@ -65,6 +74,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
         assert time.monotonic() - started < 60
         assert "No space left on device" in report.message
         assert "Free space and run again" in report.message
+        assert report.shards_committed + len(report.open) == 12, "no shard is reported twice"
         assert_no_leftovers(disk / "labels")
         (disk / "full").unlink()
         assert pipeline.run(config).exit_code == ExitCode.COMPLETE
@@ -111,3 +121,32 @@ def test_a_cluster_that_is_not_there_is_a_sentence_at_once(tmp_path: Path) -> No
     run = start_run(config | {"runtime": config["runtime"] | {"address": "127.0.0.1:1"}}, tmp_path)
     assert run.wait(60) == ExitCode.FAILED
     assert "cannot connect to 127.0.0.1:1" in (tmp_path / "driver.log").read_text()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("starting", [True, False], ids=["while it starts", "while it works"])
+def test_an_execution_that_is_stopped_is_ended(starting: bool, tmp_path: Path) -> None:
+    """In a notebook it would otherwise keep its actors. Here it takes its time to start, and ends when it is told to."""
+    begun, goes_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def execute() -> tuple[Iterator[Any], Callable[[], None]]:
+        begun.set()
+        if starting:
+            goes_on.wait(10)
+        return iter(lambda: ended.wait(10) and None, None), ended.set
+
+    class Impatient(Counter):
+        def on_tick(self) -> None:
+            begun.wait(10)
+            threading.Timer(0.3, goes_on.set).start()
+            raise KeyboardInterrupt
+
+        def on_unfinished(self, urls: Sequence[Any]) -> None:
+            pass
+
+    context = CommitContext(Dataset(str(tmp_path), Store()), {}, Columns(True, True, "float16", 4), "noop")
+    config = make_config(digits_config(tmp_path, tmp_path))
+    run = Run([], config, context, Cluster(1, 2, 0), Impatient(RunReport("1", ""), 0, 0))
+    with pytest.raises(KeyboardInterrupt):
+        run.loop(execute)
+    assert ended.wait(5)
