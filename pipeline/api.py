@@ -49,14 +49,10 @@ def run(config: Config, retry_errors: Iterable[str] | str = ()) -> RunReport:
 
 def plan(config: Config, retry_errors: Iterable[str] | str = ()) -> Plan:
     """What a run would do now: the shards that are new or changed, those done, those gone. Opens no shard."""
-    from pipeline.model.spec import make_spec
-    from pipeline.outputs.dataset import Dataset
-    from pipeline.planning import make_plan
+    from pipeline.planning import make_plan, model_and_dataset
 
     job = _load(config)
-    spec = make_spec(job)
-    dataset = Dataset(job.output.url, Store(job.output_storage))
-    dataset.check_identity({"model_fingerprint": spec.fingerprint, "model": spec.identity})
+    model_and_dataset(job)  # a run would be refused for another model's dataset
     return make_plan(job, retry_errors)
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from pipeline.config import JobConfig
 from pipeline.error_classes import ERROR_CLASSES, choose_classes
 from pipeline.inputs.shards import Shard, discover, relative
+from pipeline.model.spec import ModelSpec, make_spec
 from pipeline.outputs.dataset import Dataset
 from pipeline.outputs.ledger import Standing
 from pipeline.outputs.schema import Footer
@@ -73,6 +74,14 @@ class Plan:
     def num_bytes(self) -> int:
         """The size of what is to do."""
         return sum(task.shard.size for task in self.tasks)
+
+
+def model_and_dataset(config: JobConfig) -> tuple[ModelSpec, Dataset]:
+    """The model of a job and the dataset that it writes. Raises ModelMismatch where that is another model's."""
+    spec = make_spec(config)
+    dataset = Dataset(config.output.url, Store(config.output_storage))
+    dataset.check_identity({"model_fingerprint": spec.fingerprint, "model": spec.identity})
+    return spec, dataset
 
 
 def make_plan(config: JobConfig, retry_errors: Iterable[str] | str = ()) -> Plan:

@@ -10,13 +10,11 @@ from dataclasses import dataclass, field
 from pipeline.config import JobConfig
 from pipeline.errors import NotFound, redact
 from pipeline.inputs.shards import shard_id
-from pipeline.model.spec import make_spec
 from pipeline.outputs.commit import retire_shard
 from pipeline.outputs.dataset import NOT_OURS, Dataset
 from pipeline.outputs.ledger import Standing
 from pipeline.outputs.schema import Footer
-from pipeline.planning import make_plan
-from pipeline.storage import Store
+from pipeline.planning import make_plan, model_and_dataset
 
 AT_ONCE = 16  # shards that are looked up or removed
 
@@ -52,9 +50,7 @@ class Pruned:
 
 def prune_dataset(config: JobConfig, yes: bool) -> Pruned:
     """See `pipeline.api.prune`."""
-    spec = make_spec(config)
-    dataset = Dataset(config.output.url, Store(config.output_storage))
-    dataset.check_identity({"model_fingerprint": spec.fingerprint, "model": spec.identity})
+    _, dataset = model_and_dataset(config)
     plan = make_plan(config)
     listed = {shard.url for shard in (*plan.done, *(task.shard for task in plan.tasks))}
     regrouped = {name for task in plan.tasks for name in task.retires}

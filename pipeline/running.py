@@ -16,12 +16,11 @@ from typing import Any
 from pipeline.cluster import Cluster, connected
 from pipeline.config import JobConfig
 from pipeline.errors import ExitCode, TransientError
-from pipeline.model.spec import ModelSpec, make_spec
+from pipeline.model.spec import ModelSpec
 from pipeline.outputs.commit import CommitContext, Committed
 from pipeline.outputs.dataset import Dataset, make_identity
-from pipeline.planning import Plan, Task, make_plan
+from pipeline.planning import Plan, Task, make_plan, model_and_dataset
 from pipeline.report import Counter, RunReport, public_config, watching
-from pipeline.storage import Store
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +33,7 @@ def run(config: JobConfig, retry_errors: Iterable[str] | str = ()) -> RunReport:
 
 def _planned_run(config: JobConfig, retry_errors: Iterable[str] | str) -> RunReport:
     started = time.monotonic()
-    spec = make_spec(config)
-    dataset = Dataset(config.output.url, Store(config.output_storage))
-    dataset.check_identity({"model_fingerprint": spec.fingerprint, "model": spec.identity})
+    spec, dataset = model_and_dataset(config)
     plan = make_plan(config, retry_errors)
     dataset.store.sweep(dataset.url)
     report = _new_report(config, spec, plan)
