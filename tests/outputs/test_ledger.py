@@ -272,3 +272,18 @@ def test_a_large_shard_is_fast():
     assert isinstance(decision, Commit)
     assert sorted(decision.pieces) == list(range(len(blocks)))
     assert time.process_time() - started < 5
+
+
+def test_a_receipt_is_news_once():
+    """What counts error rows must not count them again when Ray does a block twice."""
+    progress = Progress(2)
+    first = Receipt(0, np.arange(3), 1, "a")
+    assert progress.is_news(first)
+    progress.on_receipt(first)
+    assert not progress.is_news(first)
+    assert not progress.is_news(Receipt(0, np.arange(2), 0, "b"))
+    assert progress.is_news(Receipt(0, np.arange(2, 200), 0, "c"))
+    assert progress.is_news(Receipt(1, np.arange(3), 0, "a"))
+    assert not progress.is_news(Receipt(1, np.arange(0), 0, "d", end=0)), "a marker alone brings no rows"
+    progress.on_receipt(Receipt(0, np.arange(3), 0, "e", end=3))
+    assert not progress.is_news(Receipt(0, np.arange(9), 0, "f")), "the shard is decided"
