@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -30,6 +29,7 @@ from scripts.cli_docs import PAGE, updated
 from tests.support.datasets import commit_all
 from tests.support.jobs import digits_config, digits_tars
 from tests.support.s3 import s3_server
+from tests.support.web import serving
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ["run", "plan", "status", "errors", "prune", "verify", "submit", "demo", "init"]
@@ -203,12 +203,8 @@ class _Missing(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def web() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Missing)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), _Missing)) as server:
+        yield f"http://127.0.0.1:{server.server_port}"
 
 
 def test_weights_that_cannot_be_fetched(folder: Path, web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

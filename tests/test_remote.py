@@ -7,7 +7,6 @@ import io
 import os
 import re
 import tarfile
-import threading
 import time
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -33,6 +32,7 @@ from pipeline.inputs.shards import discover
 from pipeline.storage import Store
 from tests.support.relay import Relay, relay
 from tests.support.s3 import S3Server, free_ports, s3_server
+from tests.support.web import serving
 
 DATA = os.urandom(300_000)
 
@@ -201,10 +201,8 @@ class _Page(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def website(tmp_path: Path) -> Iterator[Website]:
-    with Website(tmp_path) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    with serving(Website(tmp_path)) as server:
         yield server
-        server.shutdown()
 
 
 @pytest.mark.parametrize("has_ranges", [True, False])

@@ -14,7 +14,6 @@ import os
 import re
 import stat
 import tarfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from pipeline.storage import Store
 from pipeline.submission import ENTRYPOINT, pack
 from tests.support.jobs import digits_config
 from tests.support.tars import member, tar
+from tests.support.web import serving
 
 ROOT = Path(__file__).parents[1]
 DOC = ROOT / "docs" / "security.md"
@@ -260,14 +260,12 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 def test_a_list_from_afar_names_no_local_file(tmp_path: Path, secret: Path):
     """Whoever writes it could have this machine's files read, and their hashes written."""
     handler = functools.partial(_Quiet, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    with serving(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)) as server:
         for line in (str(secret), f"file://{secret}", "~/secret.png", f"local://{secret}"):
             (tmp_path / "list.txt").write_text(f"{line}\n")
             with pytest.raises(ConfigError, match="is not on this machine, but names a file that is"):
                 discover(Input(url=f"http://127.0.0.1:{server.server_port}/list.txt"), Store())
             assert discover(Input(url=str(tmp_path / "list.txt"), allow_empty=True), Store()) or line[0] == "~"
-        server.shutdown()
 
 
 # --- What is submitted ---------------------------------------------------------------------------------------------

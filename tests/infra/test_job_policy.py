@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import threading
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +20,7 @@ from pipeline.config import Input, Storage, load_config
 from pipeline.errors import NotFound
 from pipeline.inputs.shards import discover
 from pipeline.storage import Store
+from tests.support.web import serving
 
 INFRA = Path(__file__).parents[2] / "infra"
 ACTIONS = {"GET": "s3:GetObject", "HEAD": "s3:GetObject", "PUT": "s3:PutObject", "DELETE": "s3:DeleteObject"}
@@ -61,10 +61,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def empty() -> Iterator[EmptyStore]:
-    with EmptyStore() as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    with serving(EmptyStore()) as server:
         yield server
-        server.shutdown()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import threading
 from collections.abc import Iterator
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +13,8 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
+
+from tests.support.web import serving
 
 FOLDER = Path(__file__).parents[2] / "infra" / "kubernetes"
 FAILED = {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "reason": "AppFailed"}
@@ -67,10 +68,8 @@ def nightly() -> ModuleType:
 
 @pytest.fixture
 def kubernetes() -> Iterator[Kubernetes]:
-    with Kubernetes() as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    with serving(Kubernetes()) as server:
         yield server
-        server.shutdown()
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ from pipeline.storage import Store
 from tests.support.head import clean_environment, ray_head
 from tests.support.jobs import digits_config, digits_tars
 from tests.support.s3 import Identity, S3Server, s3_server
+from tests.support.web import serving
 
 ROOT = Path(__file__).parents[2]
 WORD = b"PLANTED"  # in every secret
@@ -161,10 +162,8 @@ def short_folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def web() -> Iterator[Web]:
-    with Web() as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    with serving(Web()) as server:
         yield server
-        server.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import io
 import os
 import pickle
 import tarfile
-import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from pipeline.errors import WeightsError
 from pipeline.model.spec import make_spec
 from pipeline.model.weights import fill, load_state_dict, load_torchvision, match_keys, parse
 from tests.model.helpers import output_of, python
+from tests.support.web import serving
 
 
 @functools.cache
@@ -348,10 +348,8 @@ def redirecting(target: str) -> Iterator[str]:
         def log_message(self, *arguments: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    with serving(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as server:
         yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
 
 
 def test_a_server_that_sends_without_end_is_left(job, tmp_path: Path, cache: Path, serve, monkeypatch):

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from socketserver import BaseRequestHandler, ThreadingTCPServer
 from urllib.parse import urlsplit
 
+from tests.support.web import serving
+
 HANG_S = 120.0
 SLOW_STEP_S = 0.05
 END = b"\r\n\r\n"
@@ -125,12 +127,11 @@ def relay(target_url: str, seed: int = 0) -> Iterator[Relay]:
             with suppress(OSError):  # either side may hang up
                 _handle(self.request, found, (str(target.hostname), target.port or 80), over)
 
-    with _Server(("127.0.0.1", 0), Handler) as server:
-        found = Relay(f"http://127.0.0.1:{server.server_address[1]}", random.Random(seed))
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    server = _Server(("127.0.0.1", 0), Handler)
+    found = Relay(f"http://127.0.0.1:{server.server_address[1]}", random.Random(seed))
+    with serving(server):
         yield found
         over.set()
-        server.shutdown()
 
 
 def _handle(client: socket.socket, relay: Relay, target: tuple[str, int], over: threading.Event) -> None:
