@@ -271,23 +271,19 @@ def test_a_list_from_afar_names_no_local_file(tmp_path: Path, secret: Path):
 # --- What is submitted ---------------------------------------------------------------------------------------------
 
 
+def plant(folder: Path, *names: str) -> None:
+    """Files that nobody may see."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("PLANTED")
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A folder with a config, a custom network, and what should never leave the machine."""
     folder = tmp_path / "project"
-    for name in (
-        ".env",
-        ".aws/credentials",
-        "id_rsa",
-        "secrets.yaml",
-        "key.pem",
-        "data/a.tar",
-        ".hidden/x.py",
-        ".x.py",
-        "net.pth",
-    ):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("PLANTED")
+    plant(folder, ".env", ".aws/credentials", "id_rsa", "secrets.yaml", "key.pem", "data/a.tar", "net.pth", ".x.py")
+    plant(folder, ".hidden/x.py")
     (folder / "mine.py").write_text("import helper\ndef build(): ...\n")
     (folder / "helper.py").write_text("")
     config = digits_config("s3://raw/*.tar", "s3://labels/x")
@@ -303,17 +299,8 @@ def test_only_what_the_job_needs_is_submitted(project: Path, tmp_path: Path, mon
     for name in ("submission.py", "template.yaml", "inputs/shards.py", "examples/digits_resnet20.safetensors"):
         (program / name).parent.mkdir(exist_ok=True)
         (program / name).write_bytes((ours / name).read_bytes())
-    for name in (
-        ".env",
-        "secret.txt",
-        "inputs/.aws/credentials",
-        "__pycache__/x.pyc",
-        "model.pth",
-        "#shards.py#",
-        ".x.py",
-    ):
-        (program / name).parent.mkdir(parents=True, exist_ok=True)
-        (program / name).write_text("PLANTED")
+    plant(program, ".env", "secret.txt", "inputs/.aws/credentials", "__pycache__/x.pyc", "model.pth", "#shards.py#")
+    plant(program, ".x.py")
     monkeypatch.setattr(submission, "__file__", str(program / "submission.py"))
     folder = tmp_path / "packed"
     folder.mkdir()

@@ -102,3 +102,11 @@ def verdicts(data: bytes, transform: Transform = WHOLE, max_pixels: int = MAX_PI
 
 def differences(fast: Pixels, reference: Pixels) -> np.ndarray:
     return np.abs(fast.array.astype(int) - reference.array)
+
+
+def assert_read_as_pillow(data: bytes) -> None:
+    """The reference mode gives Pillow's pixels, the fast one to within a level of them, as stored and resized."""
+    fast, reference = both(data, WHOLE)
+    np.testing.assert_array_equal(reference.array, preset(data, WHOLE))
+    assert differences(fast, reference).max() <= 1
+    assert differences(*both(data, Transform(resize=64, crop=56))).max() <= 1
