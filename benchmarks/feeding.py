@@ -21,6 +21,7 @@ import typer
 
 import pipeline
 from benchmarks.photographs import pack
+from pipeline.cluster import on_loopback
 from pipeline.config import Input, Transform
 from pipeline.inputs.shards import discover
 from pipeline.inputs.stream import pixel_blocks, read_rows
@@ -66,7 +67,8 @@ def main(
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="feeding-") as folder:
         paths = pack(photographs, Path(folder), shards, per_shard)
-        ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
+        with on_loopback():
+            ray.init(include_dashboard=False, log_to_driver=False)
         ours(Path(folder))
         figures = [(limit(paths), ours(Path(folder))) for _ in range(rounds)]
     limits, rates = zip(*figures, strict=True)

@@ -16,6 +16,9 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray with two CPUs, shared by all tests that run a flow in this process."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
+    from pipeline.cluster import on_loopback
+
+    with on_loopback():
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()

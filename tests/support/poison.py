@@ -59,12 +59,14 @@ def main(config: str, address: str) -> int:
     import ray
 
     import pipeline
+    from pipeline.cluster import on_loopback
 
     environment = {
         "env_vars": {"PYTHONPATH": str(ROOT)},
         "worker_process_setup_hook": "tests.support.poison.poison_decoding",
     }
-    ray.init(address, runtime_env=environment, **({"include_dashboard": False} if address == "local" else {}))
+    with on_loopback():
+        ray.init(address, runtime_env=environment)
     report = pipeline.run(yaml.safe_load(config))
     print(report)
     return int(report.exit_code)
