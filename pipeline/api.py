@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,13 +48,28 @@ def run(config: Config, retry_errors: Iterable[str] | str = ()) -> RunReport:
     return run_job(_load(config), retry_errors)
 
 
-def plan(config: Config, retry_errors: Iterable[str] | str = ()) -> Plan:
-    """What a run would do now: the shards that are new or changed, those done, those gone. Opens no shard."""
+def plan(
+    config: Config,
+    retry_errors: Iterable[str] | str = (),
+    estimate: bool = False,
+    price_per_hour: float | None = None,
+) -> Plan:
+    """What a run would do now: the shards that are new or changed, those done, those gone. Opens no shard.
+
+    With `estimate` it does, on the machines that the run would use: some hundred images of the input are read, decoded
+    and predicted, and the plan's `estimate` says what the run will take. It is left in the dataset, for the run's
+    report to score. `price_per_hour` is that of all machines together.
+    """
     from pipeline.planning import make_plan, model_and_dataset
 
     job = _load(config)
-    model_and_dataset(job)  # a run would be refused for another model's dataset
-    return make_plan(job, retry_errors)
+    spec, dataset = model_and_dataset(job)  # a run would be refused for another model's dataset
+    found = make_plan(job, retry_errors)
+    if not estimate or not found.tasks:
+        return found
+    from pipeline.sampling import estimate_plan
+
+    return replace(found, estimate=estimate_plan(job, spec, dataset, found, price_per_hour))
 
 
 def prune(config: Config, yes: bool = False) -> Pruned:

@@ -23,6 +23,7 @@ import pipeline
 from pipeline import api
 from pipeline.config import JobConfig, load_config
 from pipeline.errors import ExitCode, PipelineError, redact
+from pipeline.estimation import describe
 from pipeline.report import facts, summary
 
 if TYPE_CHECKING:
@@ -103,16 +104,29 @@ def run(
         raise typer.Exit(report.exit_code)
 
 
-@app.command(epilog=_examples("plan nightly.yaml", "plan nightly.yaml --json", "plan nightly.yaml --retry-errors all"))
+@app.command(
+    epilog=_examples(
+        "plan nightly.yaml",
+        "plan nightly.yaml --json",
+        "plan nightly.yaml --retry-errors all",
+        "plan nightly.yaml --estimate --price 12.50",
+    )
+)
 def plan(
     arguments: ConfigArguments = None,
     retry_errors: RetryOption = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Measure a sample and predict time, size, bottleneck and cost.")
+    ] = False,
+    price: Annotated[
+        float | None, typer.Option(min=0, metavar="AMOUNT", help="Of all machines together, per hour.")
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """What would run: shards, bytes, already done, gone from the input. Computes nothing."""
+    """What would run: shards, bytes, already done, gone from the input; on request what it will take."""
     with _reporting(debug) as out:
-        found = api.plan(_config(arguments), retry_errors or ())
+        found = api.plan(_config(arguments), retry_errors or (), estimate, price)
         result = {
             "todo": [redact(task.shard.url) for task in found.tasks],
             "bytes": found.num_bytes,
@@ -120,6 +134,7 @@ def plan(
             "retried": [redact(url) for url in found.retried],
             "done": len(found.done),
             "gone": found.gone,
+            "estimate": asdict(found.estimate) if found.estimate is not None else None,
         }
         why = f"{len(found.changed)} changed"
         if found.retried:
@@ -129,6 +144,8 @@ def plan(
             "done": f"{len(found.done)} shards",
             "gone": _gone(found.gone),
         }
+        if found.estimate is not None:
+            rows |= describe(found.estimate)
         _print(result, as_json, out, lambda: facts(rows))
 
 

@@ -1,9 +1,9 @@
 """Which work kills the process that does it: noted outside of that process, and asked for before it is done again.
 
 Ray does the work of a process that died again, without a limit and without saying why it died. So a process notes what
-it is about to do, and learns how many processes have died of that already. Work that several have died of is done in
-ever smaller pieces, down to a single sample, and a sample is given up only after it killed LONE_DEATHS processes while
-it was all that they did. A process that died for a reason of its own (with its node, or of Ray's memory monitor) blames
+it is about to do again, and learns how many processes have died of that already. Work that was died of is done in ever
+smaller pieces, down to a single sample, and a sample is given up only after it killed LONE_DEATHS processes while it
+was all that they did. A process that died for a reason of its own (with its node, or of Ray's memory monitor) blames
 nobody.
 """
 
@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 from typing import Protocol, TypeVar
 
 from pipeline.errors import Reject
+from pipeline.timing import Spent, Stage, Stopwatch
 
-SPLIT_AFTER = 2  # deaths before work is done in smaller pieces
+SPLIT_AFTER = 1  # noted deaths before work is done in smaller pieces
 LONE_DEATHS = 3  # deaths of one sample alone before it is given up
 
 T = TypeVar("T")
@@ -31,10 +32,11 @@ class Fate(enum.Enum):
 
 
 class Notes(Protocol):
-    """Where a process notes its work. `begin` answers how many have died of this work so far."""
+    """Where a process notes its work, and the time that it took. `begin` answers how many have died of it so far."""
 
     def begin(self, work: str) -> int: ...
     def end(self, work: str) -> None: ...
+    def spend(self, spent: Spent) -> None: ...
 
 
 class NoNotes:
@@ -44,6 +46,9 @@ class NoNotes:
         return 0
 
     def end(self, work: str) -> None:
+        pass
+
+    def spend(self, spent: Spent) -> None:
         pass
 
 
@@ -80,12 +85,13 @@ class Deaths:
 class Guard:
     """Watches over a process that makes one block after the other out of samples.
 
-    Each block is noted as a whole, which costs little. Once several processes have died of a block, every step of the
+    It also takes the time of the steps. A block is noted as a whole. Once a process has died of one, every step of the
     work on it (reading or decoding one sample) is noted as well, so that the one that kills is found.
     """
 
     def __init__(self, notes: Notes | None = None, name: str = "") -> None:
         self._notes, self._name = notes or NoNotes(), name
+        self._watch = Stopwatch()
         self._is_careful = False
         self._step: str | None = None
 
@@ -96,15 +102,18 @@ class Guard:
             work = f"{self._name} block {number}"
             self._is_careful = self._notes.begin(work) >= SPLIT_AFTER
             block = next(blocks, None)
+            self._watch.switch(None)
             self._end_step()
             self._notes.end(work)
             if block is None:
+                self._notes.spend(self._watch.take())
                 return
             yield block
             number += 1
 
-    def check(self, stage: str, shard: int, index: int) -> None:
+    def check(self, stage: Stage, shard: int, index: int) -> None:
         """Called before a step. Raises Reject for one that is to be left out, since it kills."""
+        self._watch.switch(stage)
         self._end_step()
         if not self._is_careful:
             return

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 import ray
-from ray.exceptions import ObjectStoreFullError, OutOfDiskError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
 
 from pipeline.budget import ErrorBudget
 from pipeline.cluster import Cluster
@@ -28,11 +28,14 @@ from pipeline.outputs.ledger import Abandon, Commit, Decision, Progress, Receipt
 from pipeline.outputs.workspace import sweep_workspaces
 from pipeline.planning import Task
 from pipeline.storage import Store
-from pipeline.witness import Casualties
+from pipeline.timing import Spent
+from pipeline.verdict import Usage
+from pipeline.witness import Casualties, RayNotes, Witness
 
 MAX_COMMITS = 16  # under way at once; more pieces than that wait in the object store
 STOP_GRACE_S = 20.0
 PUMP_GRACE_S = 5.0
+ASK_S = 10.0
 
 Execute = Callable[[], tuple[Iterator[Any], Callable[[], None]]]  # see flow.execute
 
@@ -48,10 +51,12 @@ class Watcher(Protocol):
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=3)
-class Committer:
-    """Reads what is in a piece, and commits shards. A long-lived actor: a task per block costs 30 % of the rate."""
+class Committer(Witness):
+    """Reads what is in a piece, and commits shards. A long-lived actor: a task per block costs 30 % of the rate.
+    Outliving the workers, it is their witness as well."""
 
     def __init__(self, source: Store, context: CommitContext) -> None:
+        super().__init__()
         self._source, self._context = source, context
         sweep_workspaces()
 
@@ -94,9 +99,13 @@ class Run:
             Committer.options(**strategy).remote(source, context)  # type: ignore[attr-defined]
             for _ in range(min(cluster.num_nodes, 16))
         ]
+        self.notes = RayNotes(self._committers[0])
         self._pending: dict[Any, Callable[[Any], None]] = {}  # what is under way, and what its answer is for
-        self._commits = 0
+        self._commits, self._max_commits = 0, MAX_COMMITS * len(self._committers)
         self._turn = 0
+        self._began = self._first_rows_at = time.monotonic()
+        self._num_rows = 0
+        self._write_s = 0.0  # in which nothing could go on but commits
         self._bundles: queue.Queue[Any] = queue.Queue(maxsize=64)
         self._stopping = threading.Event()
         self._end: Callable[[], None] = lambda: None  # ends the execution, once there is one
@@ -112,8 +121,10 @@ class Run:
         try:
             finished = False
             while not finished or self._pending:
+                at, held_up = time.monotonic(), finished or self._commits >= self._max_commits
                 finished = finished or self._take_bundles(wait=not self._pending)
                 self._handle_answers(timeout_s=0.1)
+                self._write_s += time.monotonic() - at if held_up else 0.0
                 self._casualties.check()
                 self._watcher.on_tick()
         except (KeyboardInterrupt, TransientError):
@@ -123,6 +134,21 @@ class Run:
         finally:
             self._stop(pump)
             self._watcher.on_unfinished([self._tasks[number] for number in self._progress.unsettled()])
+
+    def usage(self, cluster: Cluster, actors: int, device: str) -> Usage:
+        """What the time since the run began went into, as far as the committer can tell in time."""
+        spent = Spent()
+        with suppress(RayError):
+            spent = ray.get(self._committers[0].spent.remote(), timeout=ASK_S)
+        return Usage(
+            seconds=time.monotonic() - self._first_rows_at,
+            start_up_s=self._first_rows_at - self._began,
+            write_s=self._write_s,
+            cores=cluster.num_cpus,
+            actors=actors,
+            device=device,
+            spent=spent,
+        )
 
     def _end_execution(self) -> None:
         """In a cluster that goes on, an execution that nobody reads any more would keep its actors."""
@@ -154,7 +180,7 @@ class Run:
 
     def _take_bundles(self, wait: bool) -> bool:
         """Send what has arrived to be described. True once there is no more."""
-        while self._commits < MAX_COMMITS * len(self._committers):
+        while self._commits < self._max_commits:
             try:
                 refs = self._bundles.get(block=wait, timeout=0.2)
             except queue.Empty:
@@ -184,6 +210,9 @@ class Run:
     def _on_receipts(self, refs: list[Any], answer: Any) -> None:
         for receipt in ray.get(answer):
             if self._progress.is_news(receipt):
+                if self._num_rows == 0:
+                    self._first_rows_at = time.monotonic()
+                self._num_rows += len(receipt.indices)
                 self._watcher.on_rows(len(receipt.indices), receipt.errors)
                 excess = self._budget.spend(len(receipt.indices), receipt.errors)
                 if excess and not self._stopping.is_set():

@@ -17,32 +17,43 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, read_datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
+from pipeline.calibration import calibrate, spread
 from pipeline.cluster import Cluster
-from pipeline.config import JobConfig, Runtime
+from pipeline.config import JobConfig
 from pipeline.deaths import Guard, Notes
 from pipeline.driver import readable
 from pipeline.errors import ConfigError
+from pipeline.inputs.shards import Shard
 from pipeline.inputs.stream import pixel_blocks, read_rows, rows_of, sample_blocks
 from pipeline.model.engines import choose_engine
 from pipeline.model.predictor import PredictorSettings, ResNetPredictor
+from pipeline.model.results import CALLS
 from pipeline.model.spec import ModelInfo, ModelSpec
+from pipeline.model.tuning import choose_batch_size
 from pipeline.model.zoo import resolve
 from pipeline.planning import Task
 from pipeline.rows import Columns, Row
 from pipeline.storage import Store
-from pipeline.witness import RayNotes, Witness, wait_for
+from pipeline.witness import wait_for
 
 log = logging.getLogger(__name__)
 
-# Shares of a logical CPU. An actor waits for its device most of the time, so that every core is left for decoding:
-# n decoders and an actor fit on n cores. Different shares also keep Ray from fusing decoding into the actor.
+# Shares of a logical CPU. An actor waits for its device most of the time, so that every core is left for decoding.
+# Other shares than those of decoders also keep Ray from fusing decoding into the actor.
 PREDICT_CPUS = 0.02
 READ_CPUS = 0.02
-DECODE_CPUS = 0.9
-BLOCK_BYTES = 16 * 2**20
+BLOCK_BYTES = 40 * 2**20
 MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 128, 1024
 READ_TASK_BYTES = 64 * 2**20
-BATCH_SIZE = {"cpu": 32, "cuda": 256}
+
+
+def decode_cpus(cluster: Cluster) -> float:
+    """The share of a logical CPU that a decoder asks for: n + 1 of them and an actor fit on a node of n cores.
+
+    Ray takes a tenth of a second to start the next task where one has ended. The one more works meanwhile.
+    """
+    cores = cluster.num_cpus / cluster.num_nodes
+    return round(0.97 * cores / (cores + 1), 3)
 
 
 @dataclass(frozen=True)
@@ -69,19 +80,21 @@ class Job:
         return 3 * side * side * self.rows_per_block
 
 
-def prepare(config: JobConfig, spec: ModelSpec, cluster: Cluster) -> Job:
-    """Settle on a node of the cluster what only it knows: device, engine, and the shape of the network's results.
+def prepare(config: JobConfig, spec: ModelSpec, cluster: Cluster, shards: Sequence[Shard]) -> Job:
+    """Settle on a node of the cluster what only it knows: device, engine, batch size, and the shape of the network's
+    results.
 
+    An int8 network that the dataset lacks is made there, of images of these shards; then the job's spec is another.
     Raises what keeps the model from being built, before anything is read.
     """
     num_gpus = 1 if cluster.num_gpus and config.runtime.device != "cpu" else 0
     settle = ray.remote(num_cpus=PREDICT_CPUS, num_gpus=num_gpus)(_settle)
     try:
-        info, device, engine = wait_for(settle.remote(spec, config.runtime, num_gpus > 0))
+        answer = settle.remote(spec, config, num_gpus > 0, spread(shards) if spec.needs_calibration else [])
+        spec, info, device, engine, batch_size = wait_for(answer)
     except ray.exceptions.RayError as cause:
         raise readable(cause) from cause
     output, runtime = config.output, config.runtime
-    batch_size = runtime.batch_size if runtime.batch_size != "auto" else BATCH_SIZE[device]
     actors = runtime.actors if runtime.actors != "auto" else (cluster.num_gpus if num_gpus else cluster.num_nodes)
     columns = Columns(output.predictions, output.embeddings, output.embedding_dtype, info.embedding_dim)
     return Job(
@@ -89,9 +102,16 @@ def prepare(config: JobConfig, spec: ModelSpec, cluster: Cluster) -> Job:
     )
 
 
-def _settle(spec: ModelSpec, runtime: Runtime, on_gpu: bool) -> tuple[ModelInfo, str, str]:
-    device = "cpu" if spec.is_noop else _device(runtime.device, on_gpu)
-    return resolve(spec), device, choose_engine(runtime.engine, device, spec.precision)
+def _settle(
+    spec: ModelSpec, config: JobConfig, on_gpu: bool, shards: Sequence[Shard]
+) -> tuple[ModelSpec, ModelInfo, str, str, int]:
+    device = "cpu" if spec.is_noop else _device(config.runtime.device, on_gpu)
+    engine, info = choose_engine(config.runtime.engine, device, spec.precision), resolve(spec)
+    if spec.needs_calibration:
+        spec = calibrate(spec, config, shards)
+    wanted = config.runtime.batch_size
+    batch_size = wanted if wanted != "auto" else choose_batch_size(spec, info, engine, device)
+    return spec, info, device, engine, batch_size
 
 
 def _device(requested: str, on_gpu: bool) -> str:
@@ -111,10 +131,9 @@ def _device(requested: str, on_gpu: bool) -> str:
 # --- The graph -----------------------------------------------------------------------------------------------------
 
 
-def pieces(tasks: Sequence[Task], job: Job, cluster: Cluster) -> Dataset:
+def pieces(tasks: Sequence[Task], job: Job, cluster: Cluster, notes: Notes) -> Dataset:
     """Shards to pieces. With fewer shards than cores, decoding is a map of its own, so that one large tar uses all
     cores; else it happens where the shard is read and no bytes travel."""
-    notes = RayNotes(Witness.remote())  # type: ignore[attr-defined]
     with DataContext.current(_context(job)):
         if len(tasks) < cluster.num_cpus:
             samples = _read(_SampleSource(tasks, job, cluster, notes), READ_CPUS)
@@ -123,17 +142,19 @@ def pieces(tasks: Sequence[Task], job: Job, cluster: Cluster) -> Dataset:
                 fn_args=(job, notes),
                 batch_size=None,
                 batch_format="pyarrow",
-                num_cpus=DECODE_CPUS,
+                num_cpus=decode_cpus(cluster),
             )
         else:
-            pixels = _read(_PixelSource(tasks, job, cluster, notes), DECODE_CPUS)
+            pixels = _read(_PixelSource(tasks, job, cluster, notes), decode_cpus(cluster))
         # Not map_batches: with a GPU that insists on a batch size, and would hold blocks back until it is reached.
         return pixels.map_batches_internal(
             ResNetPredictor,
             fn_constructor_args=(job.spec, job.info, job.settings, notes),
             batch_size=None,  # a block as it is: the predictor cuts it into batches of its own
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=job.num_actors),
+            compute=ActorPoolStrategy(
+                size=job.num_actors, max_concurrent_calls_per_actor=CALLS, enable_true_multi_threading=True
+            ),
             num_cpus=PREDICT_CPUS,
             num_gpus=job.num_gpus or None,
         )
@@ -149,6 +170,7 @@ def execute(dataset: Dataset) -> tuple[Iterator[Any], Callable[[], None]]:
 def _context(job: Job) -> DataContext:
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
+    context.memory_usage_poll_interval_s = None  # else a thread per task follows its memory
     context.issue_detectors_config.detectors = []  # their advice is about knobs that users don't have here
     # A block leaves its task as soon as it is full: Ray cuts at 1.5 times this and waits below it.
     context.target_max_block_size = int(job.block_bytes * 0.9)

@@ -14,13 +14,14 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageOps
 
+from pipeline.calibration import known_spec
 from pipeline.config import JobConfig, Output
 from pipeline.errors import ConfigError, Reject, clean
 from pipeline.inputs.readers import read
 from pipeline.inputs.shards import Shard, discover
 from pipeline.inputs.stream import pixel_blocks
 from pipeline.model.engines import choose_engine
-from pipeline.model.spec import ModelSpec, make_spec
+from pipeline.model.spec import ModelSpec
 from pipeline.model.zoo import resolve
 from pipeline.rows import Columns, Kind, Row
 from pipeline.storage import Store
@@ -37,17 +38,17 @@ def predict_images(images: Any, config: JobConfig) -> pa.Table:
     """See `pipeline.api.predict`."""
     store = Store(config.input_storage)
     rows = [_row(number, image, store) for number, image in enumerate(_items(images))]
-    return _results(rows, config).drop_columns(["shard"])
+    return _results(rows, config, known_spec(config)).drop_columns(["shard"])
 
 
 def preview_samples(config: JobConfig, limit: int) -> pa.Table:
     """See `pipeline.api.preview`."""
     store = Store(config.input_storage)
     shards = discover(config.input, store)
-    return _with_urls(list(islice(_samples(shards, config, store), limit)), shards, config)
+    return _with_urls(list(islice(_samples(shards, config, store), limit)), shards, config, known_spec(config))
 
 
-def predict_rows(wanted: Sequence[tuple[Shard, set[int]]], config: JobConfig) -> pa.Table:
+def predict_rows(wanted: Sequence[tuple[Shard, set[int]]], config: JobConfig, spec: ModelSpec) -> pa.Table:
     """Certain samples of certain shards, computed anew. A shard is read up to the last one of them."""
     store = Store(config.input_storage)
     rows: list[Row] = []
@@ -56,7 +57,7 @@ def predict_rows(wanted: Sequence[tuple[Shard, set[int]]], config: JobConfig) ->
             if row.index in indices:
                 row.shard = number
                 rows.append(row)
-    return _with_urls(rows, [shard for shard, _ in wanted], config)
+    return _with_urls(rows, [shard for shard, _ in wanted], config, spec)
 
 
 def _samples(shards: Sequence[Shard], config: JobConfig, store: Store) -> Iterator[Row]:
@@ -67,15 +68,14 @@ def _samples(shards: Sequence[Shard], config: JobConfig, store: Store) -> Iterat
             yield Row(number, kind, sample.index, sample.key, sample.data, sample.reject)
 
 
-def _with_urls(rows: list[Row], shards: Sequence[Shard], config: JobConfig) -> pa.Table:
-    table = _results(rows, config)
+def _with_urls(rows: list[Row], shards: Sequence[Shard], config: JobConfig, spec: ModelSpec) -> pa.Table:
+    table = _results(rows, config, spec)
     urls = pa.array([shard.url for shard in shards], pa.string()).take(table["shard"])
     return table.set_column(table.schema.get_field_index("shard"), "shard", urls)
 
 
-def _results(rows: list[Row], config: JobConfig) -> pa.Table:
+def _results(rows: list[Row], config: JobConfig, spec: ModelSpec) -> pa.Table:
     """Identity, results, and `error` and `message` where there is no result; sorted by shard and index."""
-    spec = make_spec(config)
     batch_size = next((size for size in BATCH_SIZES if size >= len(rows)), BATCH_SIZES[-1])
     wanted = _Wanted(spec.fingerprint, spec, config.output)
     predictor = _predictor(wanted, config.runtime.engine, config.runtime.device, batch_size)

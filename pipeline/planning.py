@@ -20,8 +20,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
+from pipeline.calibration import with_network
 from pipeline.config import JobConfig
 from pipeline.error_classes import ERROR_CLASSES, choose_classes
+from pipeline.estimation import Estimate
 from pipeline.inputs.shards import Shard, discover, relative
 from pipeline.model.spec import ModelSpec, make_spec
 from pipeline.outputs.dataset import Dataset
@@ -69,6 +71,7 @@ class Plan:
     changed: list[str] = field(default_factory=list)  # URLs among the tasks that stand with another fingerprint
     retried: list[str] = field(default_factory=list)  # URLs among the tasks that are done, but for their error rows
     gone: list[str] = field(default_factory=list)  # ids that stand in the dataset and are not in the input
+    estimate: Estimate | None = None  # of what the tasks will take, where that was asked for
 
     @property
     def num_bytes(self) -> int:
@@ -78,8 +81,8 @@ class Plan:
 
 def model_and_dataset(config: JobConfig) -> tuple[ModelSpec, Dataset]:
     """The model of a job and the dataset that it writes. Raises ModelMismatch where that is another model's."""
-    spec = make_spec(config)
     dataset = Dataset(config.output.url, Store(config.output_storage))
+    spec = with_network(make_spec(config), dataset)
     dataset.check_identity({"model_fingerprint": spec.fingerprint, "model": spec.identity})
     return spec, dataset
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
 
+from pipeline.calibration import with_network
 from pipeline.config import JobConfig, Runtime
 from pipeline.inputs.shards import Shard
 from pipeline.local import predict_rows
-from pipeline.model.spec import make_spec
+from pipeline.model.spec import ModelSpec, make_spec
 from pipeline.outputs.dataset import PARQUET, Dataset
 from pipeline.outputs.schema import Footer
 from pipeline.overview import last_config, listed_shards
@@ -39,7 +40,7 @@ def recompute(dataset: Dataset, footers: Mapping[str, Footer], sample: int, conf
     another model than the dataset's, ConfigError where there is none.
     """
     config = config or _last_config(dataset)
-    spec = make_spec(config)
+    spec = with_network(make_spec(config), dataset)
     dataset.check_identity({"model_fingerprint": spec.fingerprint, "model": spec.identity})
     shards = listed_shards(config)
     fingerprints = {name: shard.fingerprint for name, shard in shards.items()}
@@ -52,14 +53,15 @@ def recompute(dataset: Dataset, footers: Mapping[str, Footer], sample: int, conf
         )
     rows, mean = _pick(dataset, [name for name in there if footers[name].predicted], sample)
     if rows:
-        _compare(rows, mean, {shards[name].url: shards[name] for name in there}, config, result)
+        _compare(rows, mean, {shards[name].url: shards[name] for name in there}, config, spec, result)
     return result
 
 
 def _last_config(dataset: Dataset) -> JobConfig:
     config = last_config(dataset, "--sample")
     is_noop = config.runtime.engine == "noop"
-    return config.model_copy(update={"runtime": Runtime(engine="noop" if is_noop else "auto")})
+    device: Literal["cpu", "auto"] = "cpu" if config.model.precision == "int8" else "auto"
+    return config.model_copy(update={"runtime": Runtime(engine="noop" if is_noop else "auto", device=device)})
 
 
 def _pick(dataset: Dataset, names: list[str], sample: int) -> tuple[list[dict[str, Any]], np.ndarray | None]:
@@ -85,12 +87,13 @@ def _compare(
     mean: np.ndarray | None,
     shards: Mapping[str, Shard],
     config: JobConfig,
+    spec: ModelSpec,
     result: Recomputed,
 ) -> None:
     wanted: dict[str, set[int]] = {}
     for row in rows:
         wanted.setdefault(row["shard"], set()).add(row["index"])
-    again = predict_rows([(shards[url], indices) for url, indices in wanted.items()], config)
+    again = predict_rows([(shards[url], indices) for url, indices in wanted.items()], config, spec)
     known = {(row["shard"], row["index"]): row for row in again.to_pylist()}
     for row in rows:
         result.sampled += 1

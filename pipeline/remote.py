@@ -10,6 +10,7 @@ import re
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
+from xml.etree import ElementTree
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
@@ -136,6 +137,7 @@ class S3(Fsspec):
     def __init__(self, protocol: str, options: Storage) -> None:
         super().__init__(protocol, options)
         self._within(self.fs.set_session)  # says what is wrong with the options
+        self.fs._s3.meta.events.register("before-parse.s3.ListObjectsV2", _take_contents)
         self._is_plain = str(self.fs._s3.meta.endpoint_url).startswith("http://")
         self.fs.retries = 1  # ours are around it, with a deadline
         # Nothing else ends a PUT that gets no answer, and it should be tried again before the deadline.
@@ -250,6 +252,28 @@ class _S3File(AbstractBufferedFile):  # type: ignore[misc]
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         return self._store.get(self._info.url, Range=f"bytes={start}-{end - 1}", IfMatch=f'"{self._info.version}"')[0]
+
+
+def _take_contents(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
+    """Parse the files of a listing and leave botocore the rest: it takes 41 ms for 1,000 files, this takes 5.
+
+    A hook of botocore's: what is put into the second dictionary replaces what it finds itself.
+    """
+    if response_dict["status_code"] != 200:
+        return
+    try:
+        root = ElementTree.fromstring(response_dict["body"])  # noqa: S314 - the parser that botocore uses
+    except ElementTree.ParseError:
+        return  # botocore says what is wrong
+    space = root.tag.removesuffix("ListBucketResult")
+    names = {f"{space}{name}": name for name in ("Key", "Size", "ETag")}
+    found: list[dict[str, Any]] = []
+    for contents in root.findall(f"{space}Contents"):
+        entry: dict[str, Any] = {names[child.tag]: child.text or "" for child in contents if child.tag in names}
+        found.append(entry | {"Size": int(entry["Size"])})
+        root.remove(contents)
+    customized_response_dict["Contents"] = found
+    response_dict["body"] = ElementTree.tostring(root)
 
 
 def damaged(url: str) -> StoreUnavailable:

@@ -49,6 +49,9 @@ class RunReport:
     started_at: str = ""  # UTC
     seconds: float = 0.0
     images_per_s: float = 0.0  # over the second half of the images
+    verdict: str = ""  # what bounded the run, and what to change
+    usage: dict[str, Any] = field(default_factory=dict)  # see verdict.Usage
+    prediction: dict[str, float] = field(default_factory=dict)  # see estimation.score
     committed: list[str] = field(default_factory=list)  # shard URLs
     open: list[dict[str, str]] = field(default_factory=list)  # shard URL and reason
     config: dict[str, Any] = field(default_factory=dict)
@@ -221,6 +224,13 @@ def summary(report: RunReport) -> Table:
         "engine": f"{report.engine} on {report.device}, batches of {report.batch_size}, {report.actors} actor(s)",
         "written": f"{report.bytes_written / 1e6:,.1f} MB",
     }
+    if report.verdict:
+        rows["bound by"] = report.verdict
+    if report.prediction:
+        rows["predicted"] = (
+            f"{report.prediction['predicted_seconds']:.1f} s, {report.prediction['error']:+.0%} of what it took;"
+            f" {report.prediction['predicted_images_per_s']:,.0f} images/s"
+        )
     if not report.shards_committed:
         for name in ("images", "speed", "engine", "written"):
             del rows[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import threading
@@ -9,18 +10,21 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
 from pipeline.cluster import Cluster, connected
 from pipeline.config import JobConfig
-from pipeline.errors import ExitCode, TransientError
+from pipeline.errors import ExitCode, NotFound, TransientError
+from pipeline.estimation import PREDICTION, is_about, score
 from pipeline.model.spec import ModelSpec
 from pipeline.outputs.commit import CommitContext, Committed
 from pipeline.outputs.dataset import Dataset, make_identity
 from pipeline.planning import Plan, Task, make_plan, model_and_dataset
 from pipeline.report import Counter, RunReport, public_config, watching
+from pipeline.verdict import judge
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +46,22 @@ def _planned_run(config: JobConfig, retry_errors: Iterable[str] | str) -> RunRep
             _run(plan, config, spec, dataset, cluster, report)
     _conclude(report, len(plan.tasks))
     report.seconds = round(time.monotonic() - started, 3)
+    if plan.tasks and not report.open:
+        report.prediction = _score(report, plan, dataset)
     _leave(report, dataset)
     return report
+
+
+def _score(report: RunReport, plan: Plan, dataset: Dataset) -> dict[str, float]:
+    """What `plan --estimate` predicted of this run, if it did, beside what came of it."""
+    try:
+        prediction = json.loads(dataset.store.read(dataset.path(*PREDICTION)))
+    except NotFound:
+        return {}
+    sizes = [task.shard.size for task in plan.tasks]
+    if not is_about(prediction, sizes, report.model_fingerprint):
+        return {}
+    return score(prediction, report.seconds, report.images_per_s)
 
 
 def _leave(report: RunReport, dataset: Dataset) -> None:
@@ -71,8 +89,9 @@ def _new_report(config: JobConfig, spec: ModelSpec, plan: Plan) -> RunReport:
 def _run(plan: Plan, config: JobConfig, spec: ModelSpec, dataset: Dataset, cluster: Cluster, report: RunReport) -> None:
     from pipeline import driver, flow
 
-    job = flow.prepare(config, spec, cluster)
-    settings = job.settings
+    job = flow.prepare(config, spec, cluster, [task.shard for task in plan.tasks])
+    spec, settings = job.spec, job.settings
+    report.model_fingerprint = spec.fingerprint
     report.engine, report.device, report.batch_size = settings.engine, settings.device, settings.batch_size
     report.actors = job.num_actors
     classes = job.info.classes
@@ -90,7 +109,9 @@ def _run(plan: Plan, config: JobConfig, spec: ModelSpec, dataset: Dataset, clust
     with watching(report, len(plan.tasks), plan.num_bytes) as counter:
         driving = driver.Run(plan.tasks, config, context, cluster, _Adapter(counter))
         try:
-            driving.loop(partial(flow.execute, flow.pieces(plan.tasks, job, cluster)))
+            driving.loop(partial(flow.execute, flow.pieces(plan.tasks, job, cluster, driving.notes)))
+            usage = driving.usage(cluster, job.num_actors, settings.device)
+            report.usage, report.verdict = asdict(usage), str(judge(usage))
         except KeyboardInterrupt:
             report.message = "stopped on request"
         except TransientError as reason:

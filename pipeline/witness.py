@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from typing import Any
 
 import ray
 from ray._private.state import state
+from ray._private.worker import global_worker
 from ray.core.generated.common_pb2 import WorkerExitType  # type: ignore[attr-defined]
 from ray.core.generated.gcs_pb2 import WorkerTableData  # type: ignore[attr-defined]
 
 from pipeline.deaths import Deaths, Fate
 from pipeline.errors import Stopped
+from pipeline.timing import Spent
 
 LOOK_EVERY_S = 5.0
 STALL_S = 60.0
@@ -22,33 +25,55 @@ REPORTED_WITHIN_S = 1.0  # how long Ray may take to note a death
 OWN_FAULT = (WorkerExitType.SYSTEM_ERROR, WorkerExitType.USER_ERROR)
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class Witness:
-    """Survives the workers. Should it die itself, everybody is innocent again."""
+    """Keeps the book, in an actor that survives the workers. Should it die itself, everybody is innocent again."""
 
     def __init__(self) -> None:
-        self._deaths = Deaths(fate_of)
+        self._deaths, self._spent, self._lock = Deaths(fate_of), Spent(), threading.Lock()
 
     def begin(self, work: str, process: str) -> int:
-        return self._deaths.begin(work, process)
+        with self._lock:
+            return self._deaths.begin(work, process)
 
     def end(self, work: str, process: str) -> None:
-        self._deaths.end(work, process)
+        with self._lock:
+            self._deaths.end(work, process)
+
+    def spend(self, spent: Spent) -> None:
+        with self._lock:
+            self._spent += spent
+
+    def spent(self) -> Spent:
+        """By all processes so far."""
+        return self._spent
 
 
 class RayNotes:
-    """`Notes` of whatever worker it is used in."""
+    """`Notes` of whatever worker it is used in. Work that is done for the first time is not noted, since nobody can
+    have died of it: a note costs a message, and only what Ray does again can be what killed."""
 
     def __init__(self, witness: Any) -> None:
         self._witness = witness
 
     def begin(self, work: str) -> int:
+        if _is_first_attempt():
+            return 0
         # Not ray.get, which in a task gives the CPU away while it waits, for another task to take.
         answer: int = self._witness.begin.remote(work, _this_process()).future().result()
         return answer
 
     def end(self, work: str) -> None:
-        self._witness.end.remote(work, _this_process())
+        if not _is_first_attempt():
+            self._witness.end.remote(work, _this_process())
+
+    def spend(self, spent: Spent) -> None:
+        self._witness.spend.remote(spent)
+
+
+def _is_first_attempt() -> bool:
+    """Whether Ray does this task for the first time."""
+    attempt: int = global_worker.core_worker.get_current_task_attempt_number()  # type: ignore[attr-defined]
+    return attempt == 0
 
 
 def _this_process() -> str:

@@ -74,7 +74,7 @@ def test_signatures():
         "init": ["path"],
         "load_config": ["path", "overrides"],
         "JobConfig": found["JobConfig"],
-        "plan": ["config", "retry_errors"],
+        "plan": ["config", "retry_errors", "estimate", "price_per_hour"],
         "predict": ["images", "config"],
         "preview": ["config", "limit"],
         "prune": ["config", "yes"],

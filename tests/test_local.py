@@ -20,6 +20,7 @@ from pipeline.examples.digits import encode_png, load_digits_images
 from pipeline.examples.network import digits_resnet20
 from pipeline.inputs.shards import discover
 from pipeline.local import predict_rows
+from pipeline.model.spec import make_spec
 from pipeline.storage import Store
 from tests.support.jobs import BROKEN, WEIGHTS, digits_config, digits_tars
 
@@ -261,7 +262,7 @@ def test_rows_are_computed_again_from_the_places_that_were_asked_for(tmp_path: P
     digits_tars(tmp_path / "shards", 2, 5)
     config = make_config(digits_config(tmp_path / "shards", tmp_path / "labels"))
     first, second = discover(config.input, Store())
-    table = predict_rows([(second, {0, 4}), (first, {2})], config)
+    table = predict_rows([(second, {0, 4}), (first, {2})], config, make_spec(config))
     got = {(row["shard"], row["index"]): row for row in table.to_pylist()}
     assert set(got) == {(second.url, 0), (second.url, 4), (first.url, 2)}
     whole = {(row["shard"], row["index"]): row for row in pipeline.preview(config, 10).to_pylist()}
@@ -275,7 +276,7 @@ def test_a_shard_that_goes_meanwhile_is_an_error_and_not_fewer_rows(tmp_path: Pa
     shards = discover(config.input, Store())
     path.unlink()
     with pytest.raises(SourceChanged):
-        predict_rows([(shards[0], {0})], config)
+        predict_rows([(shards[0], {0})], config, make_spec(config))
 
 
 def test_an_empty_table_has_its_columns(config: dict[str, Any]):

@@ -23,6 +23,7 @@ from pipeline.storage import Store
 
 CHUNK = 8 * 2**20  # bytes
 MAX_WEIGHTS_BYTES = 16 * 2**30  # more than any network needs; a server could go on sending for ever
+WEIGHTS_ADVICE = "Or download them and give the file's path as model.weights."
 
 
 def cache_directory(kind: str) -> Path:
@@ -77,10 +78,11 @@ def _sync(path: Path) -> None:
             os.fsync(file.fileno())
 
 
-def fetch(url: str, storage: Storage, sha256: str | None = None) -> Path:
-    """The weights file behind a remote URL, named by its sha256; with a known `sha256` once per node.
+def fetch(url: str, storage: Storage, sha256: str | None = None, advice: str = WEIGHTS_ADVICE) -> Path:
+    """The weights file behind a URL, named by its sha256; with a known `sha256` once per node.
 
-    Raises WeightsError if it can't be fetched or is not the file that `sha256` says, AccessDenied.
+    Raises WeightsError if it can't be fetched or is not the file that `sha256` says, AccessDenied. `advice` ends the
+    message where it can't be fetched.
     """
     folder = cache_directory("weights")
     suffix = Path(url.split("?", 1)[0]).suffix
@@ -90,7 +92,7 @@ def fetch(url: str, storage: Storage, sha256: str | None = None) -> Path:
         handle, name = tempfile.mkstemp(dir=folder, prefix=".tmp-")
         os.close(handle)
         try:
-            found = _download(url, storage, Path(name))
+            found = _download(url, storage, Path(name), advice)
             check_sha256(found, sha256, url)
             return Path(name).replace(folder / (found + suffix))
         finally:
@@ -113,7 +115,7 @@ def file_sha256(path: Path) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _download(url: str, storage: Storage, path: Path) -> str:
+def _download(url: str, storage: Storage, path: Path, advice: str) -> str:
     """Stream a URL into a file and return the sha256 of what came."""
     hasher = hashlib.sha256()
     try:
@@ -127,7 +129,5 @@ def _download(url: str, storage: Storage, path: Path) -> str:
         error = cause if isinstance(cause, PipelineError) else translate(cause, "read", url)
         if isinstance(error, AccessDenied):
             raise error from cause
-        raise WeightsError(
-            f"cannot fetch the weights: {clean(error)}. Or download them and give the file's path as model.weights."
-        ) from cause
+        raise WeightsError(f"cannot fetch the weights: {clean(error)}. {advice}") from cause
     return hasher.hexdigest()

@@ -38,18 +38,24 @@ def choose_engine(requested: str, device: str, precision: Precision) -> str:
     """The engine that `runtime.engine` means on `device` (cpu or cuda).
 
     `auto` is OpenVINO on CPUs that have it, and eager elsewhere: compiling takes a GPU node most of a minute and a
-    C compiler. Raises ConfigError for what can't work: int8, OpenVINO on a GPU or in float16.
+    C compiler. Raises ConfigError for what can't work: int8 by anything but OpenVINO, OpenVINO on a GPU or in float16.
     """
-    if precision == "int8":
-        raise ConfigError("model.precision: int8 is not supported yet. Use float32, bfloat16 or float16.")
+    has_openvino = importlib.util.find_spec("openvino") is not None
+    if precision == "int8" and requested != "noop":
+        if requested in ("auto", "openvino") and device == "cpu" and has_openvino:
+            return "openvino"
+        raise ConfigError(
+            f"model.precision: int8 is computed by openvino on CPUs; here runtime.engine is {requested} on {device}"
+            f"{'' if has_openvino else ', and openvino is not installed'}. Use runtime.device=cpu, runtime.engine=auto"
+            " and pip install 'resnet-batch[cpu,int8]', or another precision."
+        )
     if requested == "auto":
-        fits = device == "cpu" and precision != "float16" and importlib.util.find_spec("openvino") is not None
-        return "openvino" if fits else "eager"
+        return "openvino" if device == "cpu" and precision != "float16" and has_openvino else "eager"
     if requested == "openvino" and device != "cpu":
         raise ConfigError("runtime.engine: openvino runs on CPUs here. Use eager or compile, or runtime.device=cpu.")
     if requested == "openvino" and precision == "float16":
         raise ConfigError(
-            "model.precision: openvino computes in float32 or bfloat16 on CPUs. Use one of them, or eager."
+            "model.precision: openvino computes in float32, bfloat16 or int8 on CPUs. Use one of them, or eager."
         )
     return requested
 

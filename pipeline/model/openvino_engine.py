@@ -3,25 +3,36 @@
 The converted network is fp32 and takes any batch and image size; batch size, image size where it is known, and
 precision are set when it is compiled. It is compared with torch before it is used: conversion follows one run of
 the network, so what a network decides by its input would be frozen, and the numbers silently wrong.
+
+An int8 network is not converted but loaded as its dataset keeps it: `quantised.py` makes it.
 """
 
 from __future__ import annotations
 
+import importlib
+import io
+import sys
+import tempfile
 import warnings
+import zipfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import ConfigError, clean
-from pipeline.model.cache import cache_directory, lock, new_folder
+from pipeline.errors import ConfigError, WeightsError, clean
+from pipeline.model.cache import cache_directory, fetch, lock, new_folder
 from pipeline.model.engines import Pixels, Rows, num_cores
-from pipeline.model.spec import ModelInfo, ModelSpec
+from pipeline.model.spec import ModelInfo, ModelSpec, Quantised
 from pipeline.model.zoo import build, cache_key
 
 if TYPE_CHECKING:
     from pipeline.model.network import Network
 
-PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+# What is not quantised in an int8 network is computed in fp32.
+PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
+TELEMETRY = "openvino_telemetry"
+NETWORK = ("network.xml", "network.bin")  # OpenVINO's files
 TOLERANCE = 1e-3  # greatest difference to torch in fp32, of the greatest value; some 1e-6 is usual
 
 
@@ -40,22 +51,45 @@ def load_openvino(spec: ModelSpec, info: ModelInfo, batch_size: int, threads: in
     """The network compiled for this CPU, with all its cores unless `threads` says otherwise.
 
     Raises ConfigError where OpenVINO is not installed, does not know the network's operations, or the CPU does not
-    compute in the precision; else what `zoo.build` raises.
+    compute in the precision, or for int8 without a calibrated network; else what `zoo.build` raises.
     """
+    check_installed()
+    if spec.needs_calibration:
+        raise ConfigError(
+            "model.precision: int8 needs a network that is calibrated on a job's own images. A run makes it and leaves"
+            " it in its dataset, but output.url has none yet. Do the run first, or use another precision."
+        )
+    network = converted(spec) if spec.quantised is None else _stored(spec.quantised)
+    side = info.input_size or -1
+    network.reshape([batch_size, side, side, 3])
+    return OpenVinoEngine(compiled(network, PRECISIONS[spec.precision], threads or num_cores()))
+
+
+def check_installed() -> None:
+    """ConfigError unless there is OpenVINO. MUST come before any other import of it."""
     try:
-        import openvino  # noqa: F401
+        import_untracked("openvino")
     except ImportError as error:
         raise ConfigError(
             "runtime.engine: openvino is not installed on this node: pip install 'resnet-batch[cpu]', or use"
             " runtime.engine=eager."
         ) from error
-    model = _converted(spec)
-    side = info.input_size or -1
-    model.reshape([batch_size, side, side, 3])
-    return OpenVinoEngine(_compile(model, PRECISIONS[spec.precision], threads or num_cores()))
 
 
-def _compile(model: Any, precision: str, threads: int) -> Any:
+def import_untracked(name: str) -> Any:
+    """Import OpenVINO or NNCF as if the package were missing that sends their usage statistics: without that, a mere
+    `import openvino` forks a process that calls Google Analytics."""
+    before = sys.modules.get(TELEMETRY)
+    sys.modules[TELEMETRY] = None  # type: ignore[assignment]  # Python's sign for "there is no such module"
+    try:
+        return importlib.import_module(name)
+    finally:
+        del sys.modules[TELEMETRY]
+        if before is not None:
+            sys.modules[TELEMETRY] = before
+
+
+def compiled(network: Any, precision: str, threads: int) -> Any:
     """An inference request. One stream, since batches come one after the other and each should have all cores."""
     import openvino
 
@@ -67,15 +101,15 @@ def _compile(model: Any, precision: str, threads: int) -> Any:
         # Decoding runs on the same cores: a pinned thread would wait for it where a free one moves aside.
         "ENABLE_CPU_PINNING": "NO",
     }
-    compiled = openvino.Core().compile_model(model, "CPU", settings)
-    found = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-    if found != precision:
-        raise ConfigError(f"model.precision: this CPU computes in {found} instead of {precision}. Use float32.")
-    return compiled.create_infer_request()
+    found = openvino.Core().compile_model(network, "CPU", settings)
+    chosen = found.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if chosen != precision:
+        raise ConfigError(f"model.precision: this CPU computes in {chosen} instead of {precision}. Use float32.")
+    return found.create_infer_request()
 
 
-def _converted(spec: ModelSpec) -> Any:
-    """The network as OpenVINO's model: read from this node's cache, or converted and left there if that is sound."""
+def converted(spec: ModelSpec) -> Any:
+    """The fp32 network: read from this node's cache, or converted and left there if that is sound."""
     import openvino
 
     key = cache_key(spec, "openvino", "torch", "torchvision")
@@ -85,9 +119,42 @@ def _converted(spec: ModelSpec) -> Any:
     with lock(str(folder)):
         if not folder.is_dir():
             with new_folder(folder) as temporary:
-                # Not the default, which rounds the weights to fp16.
-                openvino.save_model(_convert(spec), temporary / "network.xml", compress_to_fp16=False)
-    return openvino.Core().read_model(folder / "network.xml")
+                _save(_convert(spec), temporary)
+    return openvino.Core().read_model(folder / NETWORK[0])
+
+
+def _save(network: Any, folder: Path) -> None:
+    import openvino
+
+    # Not the default, which rounds the weights to fp16.
+    openvino.save_model(network, folder / NETWORK[0], compress_to_fp16=False)
+
+
+def packed(network: Any) -> bytes:
+    """The network as one file, a zip of OpenVINO's two."""
+    buffer = io.BytesIO()
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(buffer, "w") as archive:
+        _save(network, Path(folder))
+        for name in NETWORK:
+            archive.writestr(zipfile.ZipInfo(name), (Path(folder) / name).read_bytes())  # without a time
+    return buffer.getvalue()
+
+
+def unpacked(path: Path) -> Any:
+    """The network that `packed` put into a file. WeightsError for another file."""
+    import openvino
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            text, weights = (archive.read(name) for name in NETWORK)
+        return openvino.Core().read_model(text, weights)
+    except (zipfile.BadZipFile, KeyError, RuntimeError) as error:
+        raise WeightsError(f"{path} is no network that this OpenVINO reads: {clean(error)}.") from error
+
+
+def _stored(quantised: Quantised) -> Any:
+    advice = "The dataset can only grow with the int8 network that it was begun with: restore it, or begin a new one."
+    return unpacked(fetch(quantised.url, quantised.storage, quantised.sha256, advice))
 
 
 def _convert(spec: ModelSpec) -> Any:
@@ -117,7 +184,7 @@ def _check_agreement(network: Network, model: Any, spec: ModelSpec) -> None:
     import torch
 
     side = network.head.input_size
-    engine = OpenVinoEngine(_compile(model.clone(), "f32", num_cores()))
+    engine = OpenVinoEngine(compiled(model.clone(), "f32", num_cores()))
     noise = np.random.default_rng(0).integers(0, 256, (3, side + 32, side, 3), np.uint8)
     for pixels in [noise[:2, :side]] if spec.transform.crop else [noise[:2, :side], noise]:
         try:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.deaths import LONE_DEATHS, SPLIT_AFTER, NoNotes, Notes, killer
 from pipeline.errors import FatalError, Reject
 from pipeline.model.engines import OutOfMemory, load_engine
+from pipeline.model.results import Batch, Results, Wanted, connect
 from pipeline.model.spec import ModelInfo, ModelSpec
+from pipeline.model.turns import Turns
 from pipeline.rows import IDENTITY, VERDICT, Columns, Kind
+from pipeline.timing import Busy
+
+IMAGE_SIZE = ["pixel_width", "pixel_height"]
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +39,8 @@ class ResNetPredictor:
 
     Batches that kill the process are divided until the sample is found that does it; that one becomes an error row.
     Where the device runs out of memory, batches of half the size are computed from then on.
+
+    Several threads may call it at once: while the results of one block become a table, the next is computed.
     """
 
     def __init__(
@@ -41,18 +50,44 @@ class ResNetPredictor:
         self._notes = notes or NoNotes()
         self._fits = settings.batch_size  # images that the device has memory for
         self.columns = settings.columns
-        self._engine = load_engine(settings.engine, spec, info, settings.device, settings.batch_size)
+        # One thread has the engine, whichever thread a block comes in: engines do one batch at a time, and torch keeps
+        # CUDA graphs and a CPU's worker threads for each thread that computes.
+        thread = ThreadPoolExecutor(1, "engine")
+        engine = thread.submit(load_engine, settings.engine, spec, info, settings.device, settings.batch_size).result()
+        columns = settings.columns
+        wanted = Wanted(
+            settings.top_k if columns.predictions else 0, columns.embedding_dtype if columns.embeddings else None
+        )
+        self._compute = connect(engine, settings.device, wanted, thread)
+        self._turns = Turns()
+        self._busy = Busy()
         names = info.classes or [str(number) for number in range(info.num_classes)]
         self._classes = pa.array(names, pa.string())
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """PIXELS to pieces: the columns of `Columns.pieces`, every row of the block once, in any order."""
-        return self._guarded(block) if block.num_rows else self._pieces(block)
+        if block.num_rows == 0:
+            return self._pieces(block)
+        with self._busy.work():
+            pieces = self._noted(block)
+        if spent := self._busy.take():
+            self._notes.spend(spent)
+        return pieces
+
+    def _noted(self, block: pa.Table) -> pa.Table:
+        if block.num_rows > 1:
+            with self._turns.shared():
+                work = _work(block)
+                if self._notes.begin(work) < SPLIT_AFTER:
+                    pieces = self._pieces(block)
+                    self._notes.end(work)
+                    return pieces
+        with self._turns.alone():  # a process that dies now dies of this, and no other block is blamed
+            return self._guarded(block)
 
     def _guarded(self, block: pa.Table) -> pa.Table:
         """The pieces of a block, done in smaller parts once several processes have died of it."""
-        (first, at), (last, end) = ((block["shard"][row].as_py(), block["index"][row].as_py()) for row in (0, -1))
-        work = f"predict {first}:{at} to {last}:{end}, {block.num_rows} rows"
+        work = _work(block)
         deaths = self._notes.begin(work)
         if block.num_rows > 1 and deaths >= SPLIT_AFTER:
             size = self._settings.batch_size if block.num_rows > self._settings.batch_size else 1
@@ -72,88 +107,82 @@ class ResNetPredictor:
         samples = block.drop_columns(["pixels"]).take(np.flatnonzero(kinds == Kind.SAMPLE))
         if samples.num_rows == 0:
             return others
-        logits, embeddings = self._predict(block, kinds == Kind.SAMPLE)
-        rows, is_finite = self._rows(samples, logits, embeddings)
+        results = self._results(block, np.flatnonzero(kinds == Kind.SAMPLE))
+        rows, is_finite = self._rows(samples, results), results.is_finite
         if not is_finite.all():
             others = pa.concat_tables([others, _padded(_rejected(samples.filter(~is_finite), NOT_FINITE), schema)])
             rows = rows.filter(is_finite)
         return pa.concat_tables([rows.select(schema.names).cast(schema), others])
 
-    def _predict(self, block: pa.Table, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Logits float32 (N, C) and embeddings float32 (N, D) of the N samples, in the order of the block."""
-        places: list[np.ndarray] = []
-        results: list[tuple[np.ndarray, np.ndarray]] = []
-        for rows, pixels in batches(block, wanted, self._settings.batch_size):
-            logits, embeddings = self._forward(pixels)
-            places.append(rows)
-            results.append((logits[: len(rows)], embeddings[: len(rows)]))
-        order = np.argsort(np.concatenate(places))
-        return np.concatenate([r[0] for r in results])[order], np.concatenate([r[1] for r in results])[order]
+    def _results(self, block: pa.Table, wanted: np.ndarray) -> Results:
+        """Of the wanted rows, in their order."""
+        is_left = np.zeros(block.num_rows, np.bool_)
+        is_left[wanted] = True
+        found: list[tuple[np.ndarray, Results]] = []
+        while is_left.any():
+            size = self._fits
+            try:
+                for rows, results in self._compute(batches(block, np.flatnonzero(is_left), size)):
+                    found.append((rows, results))
+                    is_left[rows] = False
+            except OutOfMemory as cause:
+                self._halve(size, block.select(IMAGE_SIZE).filter(is_left), cause)
+        order = np.argsort(np.concatenate([rows for rows, _ in found]))
+        return Results(*(np.concatenate(column)[order] for column in zip(*(r for _, r in found), strict=True)))
 
-    def _forward(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Logits and embeddings of a batch, computed in parts that the device has memory for."""
-        size = self._fits
-        try:
-            parts = [self._engine(pixels[start : start + size]) for start in range(0, len(pixels), size)]
-        except OutOfMemory as cause:
-            if size == 1:
-                raise FatalError(
-                    f"the device has not enough memory for a single image of {pixels.shape[2]} x {pixels.shape[1]}"
-                    " pixels. Use a larger device, runtime.device=cpu, or a smaller model.transform."
-                ) from cause
+    def _halve(self, size: int, left: pa.Table, cause: OutOfMemory) -> None:
+        """Go on with batches of half this size."""
+        if size == 1:
+            width, height = (pc.max(left[name]).as_py() for name in IMAGE_SIZE)
+            raise FatalError(
+                f"the device has not enough memory for a single image of {width} x {height} pixels. Use a larger"
+                " device, runtime.device=cpu, or a smaller model.transform."
+            ) from cause
+        if self._fits == size:  # else another thread met with the same
             self._fits = size // 2
             log.warning(
-                "out of device memory with %d images at once: going on with %d. Set runtime.batch_size",
-                size,
-                self._fits,
+                "out of device memory with %d images at once: going on with %d. Set runtime.batch_size", size, size // 2
             )
-        else:
-            logits, embeddings = zip(*parts, strict=True)
-            return (
-                (logits[0], embeddings[0]) if len(parts) == 1 else (np.concatenate(logits), np.concatenate(embeddings))
-            )
-        return self._forward(pixels)
 
-    def _rows(self, samples: pa.Table, logits: np.ndarray, embeddings: np.ndarray) -> tuple[pa.Table, np.ndarray]:
-        """The samples with their results, and which of them are finite all through."""
+    def _rows(self, samples: pa.Table, results: Results) -> pa.Table:
+        """The samples with their results."""
         columns = self._settings.columns
-        is_finite = np.isfinite(logits).all(axis=1)
         if columns.predictions:
-            scores = softmax(logits)
-            for name, column in self._predictions(scores).items():
+            for name, column in self._predictions(results.ids, results.scores).items():
                 samples = samples.append_column(name, column)
         if columns.embeddings:
-            with np.errstate(over="ignore"):  # what overflows to infinity becomes an error row
-                stored = embeddings.astype(columns.embedding_dtype)
-            is_finite &= np.isfinite(stored).all(axis=1)
-            flat = pa.array(stored.reshape(-1))
-            samples = samples.append_column("embedding", pa.FixedSizeListArray.from_arrays(flat, stored.shape[1]))
-        return samples, is_finite
+            flat = pa.array(results.embeddings.reshape(-1))
+            embeddings = pa.FixedSizeListArray.from_arrays(flat, results.embeddings.shape[1])
+            samples = samples.append_column("embedding", embeddings)
+        return samples
 
-    def _predictions(self, scores: np.ndarray) -> dict[str, pa.Array]:
-        ids = top_ids(scores, self._settings.top_k)
+    def _predictions(self, ids: np.ndarray, scores: np.ndarray) -> dict[str, pa.Array]:
         k = ids.shape[1]
-        best = np.take_along_axis(scores, ids, axis=1)
         labels = self._classes.take(pa.array(ids.reshape(-1)))
         entries = pa.StructArray.from_arrays(
-            [pa.array(ids.reshape(-1)), labels, pa.array(best.reshape(-1))], ["class_id", "label", "score"]
+            [pa.array(ids.reshape(-1)), labels, pa.array(scores.reshape(-1))], ["class_id", "label", "score"]
         )
         return {
             "class_id": pa.array(ids[:, 0]),
             "label": self._classes.take(pa.array(ids[:, 0])),
-            "score": pa.array(best[:, 0]),
+            "score": pa.array(scores[:, 0]),
             "top_k": pa.ListArray.from_arrays(np.arange(0, len(ids) * k + 1, k, dtype=np.int32), entries),
         }
 
 
-def batches(block: pa.Table, wanted: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(row numbers, pixels uint8 (batch_size, H, W, 3)) over the wanted rows, images of one size together.
+def _work(block: pa.Table) -> str:
+    """What a block is called in the notes."""
+    (first, at), (last, end) = ((block["shard"][row].as_py(), block["index"][row].as_py()) for row in (0, -1))
+    return f"predict {first}:{at} to {last}:{end}, {block.num_rows} rows"
+
+
+def batches(block: pa.Table, rows: np.ndarray, batch_size: int) -> Iterator[Batch]:
+    """These rows with their pixels, uint8 (batch_size, H, W, 3), images of one size together.
 
     A batch that lies in one piece in the block is a view of it; others are gathered and padded with zeros.
     """
     heights, widths = block["pixel_height"].to_numpy(), block["pixel_width"].to_numpy()
     images = _PixelColumn(block["pixels"])
-    rows = np.flatnonzero(wanted)
     sizes = np.stack([heights[rows], widths[rows]], axis=1).astype(np.int64)
     for size in np.unique(sizes, axis=0):
         same = rows[(sizes == size).all(axis=1)]
@@ -191,29 +220,6 @@ class _PixelColumn:
             at = row - self._starts[number]
             gathered[place] = values[offsets[at] : offsets[at + 1]].reshape(shape)
         return gathered
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """float32 (N, C) to float32 (N, C), rows summing to 1."""
-    with np.errstate(invalid="ignore", over="ignore"):  # rows that are not finite become error rows
-        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return np.asarray(powers / powers.sum(axis=1, keepdims=True), np.float32)
-
-
-def top_ids(scores: np.ndarray, k: int) -> np.ndarray:
-    """int32 (N, min(k, C)): the ids of the highest scores, descending, ties to the lower id."""
-    num_classes = scores.shape[1]
-    k = min(k, num_classes)
-    if k == num_classes:
-        return np.argsort(-scores, axis=1, kind="stable").astype(np.int32)
-    # Sorting all classes costs more than a small network; but a tie across the cut must go to the lower id.
-    ids = np.sort(np.argpartition(-scores, k - 1, axis=1)[:, :k], axis=1)
-    best = np.take_along_axis(scores, ids, axis=1)
-    ids = np.take_along_axis(ids, np.argsort(-best, axis=1, kind="stable"), axis=1)
-    is_tied = (scores >= best.min(axis=1, keepdims=True)).sum(axis=1) != k
-    if is_tied.any():
-        ids[is_tied] = np.argsort(-scores[is_tied], axis=1, kind="stable")[:, :k]
-    return ids.astype(np.int32)
 
 
 NOT_FINITE = Reject("predict", "not_finite", "the network's result is not finite, or overflows the embedding's type")

@@ -28,6 +28,9 @@ from pipeline.model.cache import cache_directory, lock, new_folder
 
 OWN_FOLDER = Path(pipeline.__file__).parent.parent
 
+# What a network's code may read, apart from its own files and the packages that it imports by name.
+OPAQUE = {"__import__", "environ", "eval", "exec", "getenv", "importlib", "open", "read_bytes", "read_text"}
+
 
 @dataclass(frozen=True)
 class Source:
@@ -87,6 +90,38 @@ def load_callable(source: Source) -> Callable[..., Any]:
     if not callable(found):
         raise ConfigError(f"model.name: {name} is a {type(found).__name__}, not a function or a class.")
     return found
+
+
+def is_closed(source: Source) -> bool:
+    """Whether the network's code depends on nothing but the shipped files, and packages that are installed here.
+
+    Else, as for an import from a folder on the path, nobody notices when what it builds becomes another.
+    """
+    files = dict(source.files)
+    stem = source.module.replace(".", "/")
+    start = next((path for path in (f"{stem}.py", f"{stem}/__init__.py") if path in files), None)
+    if start is None:
+        return not files  # installed as a whole
+    trees = {path: _parse(files[path], path) for path in _closure(files, start)}
+    nodes = [node for tree in trees.values() for node in ast.walk(tree)]
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    used |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    imported = {name.partition(".")[0] for path, tree in trees.items() for name in _imported_names(tree, path)} - {""}
+    return not (used | imported) & OPAQUE and all(_is_fixed(name, files) for name in imported)
+
+
+def _is_fixed(top: str, files: Mapping[str, bytes]) -> bool:
+    """Whether a top-level module is shipped, Python's own, or installed here."""
+    if top in sys.stdlib_module_names or any(PurePosixPath(path).parts[0] in (top, f"{top}.py") for path in files):
+        return True
+    found = PathFinder.find_spec(top)
+    return found is not None and found.origin is not None and _is_installed(Path(found.origin))
+
+
+def installed_packages() -> list[str]:
+    """Every installed package with its version, as the folders of their metadata are named."""
+    roots = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()}
+    return sorted(path.name for root in roots for path in Path(root).glob("*-info"))
 
 
 def _install(source: Source) -> Path:
@@ -194,7 +229,12 @@ def _parse(text: bytes, path: Path | str) -> ast.Module:
 
 
 def _meaning(files: Mapping[str, bytes], start: str) -> str:
-    """The sha256 over a module and whatever it imports of `files`, directly or through others."""
+    """The sha256 over a module and whatever it imports of `files`."""
+    return digest(_closure(files, start), 64)
+
+
+def _closure(files: Mapping[str, bytes], start: str) -> dict[str, str]:
+    """A module and whatever it imports of `files`, directly or through others, with their sha256."""
     seen: dict[str, str] = {}
     todo = [start]
     while todo:
@@ -202,7 +242,7 @@ def _meaning(files: Mapping[str, bytes], start: str) -> str:
         if path not in seen:
             seen[path] = hashlib.sha256(files[path]).hexdigest()
             todo.extend(_imported(files, path))
-    return digest(seen, 64)
+    return seen
 
 
 def _imported(files: Mapping[str, bytes], path: str) -> Iterator[str]:

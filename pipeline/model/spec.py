@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -20,6 +20,7 @@ FILE_SUFFIXES = (".pth", ".pt", ".th", ".safetensors")
 # Part of every fingerprint: raise it when the same settings begin to mean other numbers, as they would if EXIF
 # orientation were no longer applied. Datasets written before are then refused rather than mixed.
 RECIPE = 1
+CALIBRATION = "calibration"  # the component of an identity that names an int8 network
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,15 @@ class WeightsRef:
 
 
 @dataclass(frozen=True)
+class Quantised:
+    """Where a dataset keeps the int8 network that was calibrated for it."""
+
+    url: str
+    sha256: str
+    storage: Storage
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """All that a worker needs to build the model. Picklable.
 
@@ -59,6 +69,17 @@ class ModelSpec:
     is_noop: bool
     fingerprint: str
     identity: dict[str, Any]
+    quantised: Quantised | None = None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """An int8 network is made of a job's own images; until then the fingerprint is not the dataset's."""
+        return self.precision == "int8" and not self.is_noop and self.quantised is None
+
+    def calibrated(self, quantised: Quantised) -> ModelSpec:
+        """The same model with that network, which is part of what decides the rows."""
+        identity = self.identity | {CALIBRATION: f"sha256:{quantised.sha256}"}
+        return replace(self, quantised=quantised, identity=identity, fingerprint=digest(identity))
 
 
 @dataclass(frozen=True)
@@ -82,8 +103,6 @@ def make_spec(config: JobConfig) -> ModelSpec:
     Raises ConfigError for what can't be built, WeightsError for weights that can't be fetched.
     """
     model = config.model
-    if model.precision == "int8":
-        raise ConfigError("model.precision: int8 is not supported yet. Use float32, bfloat16 or float16.")
     is_noop = config.runtime.engine == "noop"
     source = locate(model.name, config.directory) if model.is_custom else None
     weights = WeightsRef("none") if is_noop else _weights(config)

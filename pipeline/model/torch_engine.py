@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pipeline.config import digest
 from pipeline.errors import ConfigError, clean
+from pipeline.model.cache import cache_directory, lock
 from pipeline.model.engines import OutOfMemory, Pixels, Rows, num_cores
+from pipeline.model.results import Wanted
 from pipeline.model.spec import ModelInfo, ModelSpec
-from pipeline.model.zoo import build
+from pipeline.model.zoo import build, cache_key
 
 # Matrix products of an odd number of rows are cut unevenly among threads, and a row's last bits then depend on
 # where it lies: seen with MKL for 5 to 7 and 9 to 11 rows, never for up to 4 or for a multiple of 8.
@@ -32,53 +42,128 @@ class TorchEngine:
         self._staged = torch.empty(0)
 
     def __call__(self, pixels: Pixels) -> tuple[Rows, Rows]:
+        with memory_errors():
+            logits, embeddings = self._compute(self._stage(pixels).to(self.device))
+            return logits[: len(pixels)].cpu().numpy(), embeddings[: len(pixels)].cpu().numpy()
+
+    def results(self, pixels: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The fields of `Results`, computed where the pixels are."""
+        with torch.inference_mode():
+            return results_of(*self._compute(pixels), wanted)
+
+    def _compute(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
-        try:
-            with torch.inference_mode(), autocast:
-                logits, embeddings = self.forward(self._stage(pixels).to(self.device, non_blocking=True))
-        except torch.OutOfMemoryError as cause:
-            torch.cuda.empty_cache()
-            raise OutOfMemory(clean(cause)) from cause
-        return logits[: len(pixels)].cpu().numpy(), embeddings[: len(pixels)].cpu().numpy()
+        with torch.inference_mode(), autocast:
+            return self.forward(pixels)
 
     def _stage(self, pixels: Pixels) -> Tensor:
-        """The pixels in memory of our own, filled up with black images: pinned for a GPU, writable for torch."""
+        """The pixels in memory of our own, which torch may write to, filled up with black images."""
         rows = len(pixels) if len(pixels) <= ROWS // 2 else -(-len(pixels) // ROWS) * ROWS
         shape = (rows, *pixels.shape[1:])
         if self._staged.shape != shape:
-            self._staged = torch.zeros(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+            self._staged = torch.zeros(shape, dtype=torch.uint8)
         staged = self._staged.numpy()
         staged[: len(pixels)] = pixels
         staged[len(pixels) :] = 0
         return self._staged
 
 
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """torch's error, as `Engine` raises it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as cause:
+        torch.cuda.empty_cache()
+        raise OutOfMemory(clean(cause)) from cause
+
+
+def results_of(logits: Tensor, embeddings: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `results.results_of` does, where the tensors are: scores, ids, embeddings as stored, and what is finite."""
+    is_finite = logits.isfinite().all(dim=1)
+    scores, ids = logits[:, :0], torch.empty((len(logits), 0), dtype=torch.int32, device=logits.device)
+    if wanted.top_k:
+        # Not topk, which breaks ties as it likes.
+        scores, ids = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
+        scores, ids = scores[:, : wanted.top_k], ids[:, : wanted.top_k].to(torch.int32)
+    stored = embeddings[:, :0]
+    if wanted.embedding_dtype:
+        stored = embeddings.to(DTYPES.get(wanted.embedding_dtype, torch.float32))
+        is_finite &= stored.isfinite().all(dim=1)
+    return scores, ids, stored, is_finite
+
+
 def load_eager(spec: ModelSpec, device: str, threads: int | None) -> TorchEngine:
     """The network as it is, in channels_last. Sets threads and arithmetic, which torch keeps per process."""
     _prepare(device, threads)
+    dtype = DTYPES.get(spec.precision)
     network = build(spec).to(torch.device(device), memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return TorchEngine(network, torch.device(device), DTYPES.get(spec.precision))
+    if dtype is not None:
+        _convert_weights(network, dtype)
+    return TorchEngine(network, torch.device(device), dtype)
 
 
 def load_compiled(spec: ModelSpec, info: ModelInfo, device: str, batch_size: int, threads: int | None) -> TorchEngine:
     """The network compiled for one batch size, and for one image size where the transform sets it.
 
-    Compiles before it returns. Raises ConfigError if that fails, for want of a C++ compiler or Triton for example.
+    Compiles before it returns, or loads what this node has compiled before. Raises ConfigError if that fails, for want
+    of a C++ compiler or Triton for example.
     """
     eager = load_eager(spec, device, threads)
     size = info.input_size
-    # On a CPU weights become constants, which are packed once.
-    compiled = torch.compile(eager.forward, dynamic=size is None, options={"freezing": device == "cpu"})
+    compiled = torch.compile(eager.forward, dynamic=size is None, options=compile_options(device, size))
     engine = TorchEngine(compiled, eager.device, eager.dtype)
     side = size or WARM_UP_SIZE
+    key = cache_key(spec, "torch", "torchvision") if size is not None else None
     try:
-        engine(np.zeros((batch_size, side, side, 3), np.uint8))
+        with _compiler_cache(None if key is None else digest([key, device, batch_size], 32)):
+            engine(np.zeros((batch_size, side, side, 3), np.uint8))
     except Exception as error:
         raise ConfigError(
             f"runtime.engine: compile does not work here with {spec.name}: {clean(error)}. It needs a C++ compiler, on"
             " a GPU also Triton. Use runtime.engine=eager."
         ) from error
     return engine
+
+
+@contextmanager
+def _compiler_cache(key: str | None) -> Iterator[None]:
+    """Have the compiler keep its files in this node's cache, for one process at a time; None: until this one ends.
+
+    It doesn't write them at once: where it was killed, half a library stays, which fails every process after it. So
+    what was not finished is thrown away.
+    """
+    if key is None:
+        folder = Path(tempfile.mkdtemp(prefix="inductor-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+        yield
+        return
+    folder = cache_directory("inductor") / key
+    is_whole = folder / "whole"
+    with lock(str(folder)):
+        if folder.exists() and not is_whole.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(exist_ok=True)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+        yield
+        is_whole.touch()
+
+
+def compile_options(device: str, size: int | None) -> dict[str, Any]:
+    """Frozen weights: constants, which are folded into each other and laid out once. On a GPU, a graph of all kernels,
+    launched at once; not where images have sizes of their own, since every size would keep a graph and its memory."""
+    return {"freezing": True, "triton.cudagraphs": device == "cuda" and size is not None}
+
+
+def _convert_weights(network: nn.Module, dtype: torch.dtype) -> None:
+    """Convert the weights that autocast would convert for every batch. The numbers are the same.
+
+    Not those of layers derived from these, which may do more with their weights than autocast knows of.
+    """
+    for module in network.modules():
+        if type(module) in (nn.Conv2d, nn.Linear):
+            module.to(dtype)
 
 
 def _prepare(device: str, threads: int | None) -> None:

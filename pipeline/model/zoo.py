@@ -16,7 +16,7 @@ from pipeline.config import Transform, digest
 from pipeline.errors import ConfigError, PipelineError, clean
 from pipeline.model.cache import cache_directory, file_sha256, new_file
 from pipeline.model.classes import check_count
-from pipeline.model.source import load_callable
+from pipeline.model.source import installed_packages, is_closed, load_callable
 from pipeline.model.spec import ModelInfo, ModelSpec, noop_info
 
 if TYPE_CHECKING:
@@ -96,12 +96,17 @@ def resolve(spec: ModelSpec) -> ModelInfo:
 def cache_key(spec: ModelSpec, *packages: str) -> str | None:
     """Names what was made from a model with these packages and this code; None where that can change unseen.
 
-    So it is with custom networks, which import packages that the fingerprint knows nothing of.
+    A custom network may import any package, so all that are installed are in its key. It can change unseen where its
+    code reads other things than its own files (`source.is_closed`), or where its weights are as it leaves them.
     """
+    others: list[str] = []
     if spec.source is not None and not spec.source.is_own:
-        return None
+        if spec.weights.kind != "file" or not is_closed(spec.source):
+            return None
+        others = installed_packages()
     code = {path.name: file_sha256(path) for path in sorted(Path(__file__).parent.glob("*.py"))}
-    return digest([spec.fingerprint, code, [[package, version(package)] for package in packages]], 32)
+    made_with = [[package, version(package)] for package in packages]
+    return digest([spec.fingerprint, code, made_with, *others], 32)
 
 
 def _check_num_classes(spec: ModelSpec, found: int) -> None:

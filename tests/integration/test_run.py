@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 
 import pipeline
+from pipeline.deaths import NoNotes
 from pipeline.errors import ConfigError, ExitCode, ModelMismatch
 from pipeline.examples.digits import encode_png, load_digits_images
 from pipeline.examples.tars import write_tar
@@ -236,12 +238,33 @@ def test_one_tar_is_decoded_on_all_cores_and_never_in_the_actor(tmp_path: Path, 
 
     config = make_config(digits_config(first / "shards", tmp_path / "labels"))
     cluster = Cluster(num_nodes=1, num_cpus=2, num_gpus=0)
-    job = flow.prepare(config, make_spec(config), cluster)
+    job = flow.prepare(config, make_spec(config), cluster, [])
     tasks: list[Task] = make_plan(config).tasks
-    many = flow.pieces(tasks, job, cluster).materialize().stats()
-    one = flow.pieces(tasks[:1], job, cluster).materialize().stats()
+    many = flow.pieces(tasks, job, cluster, NoNotes()).materialize().stats()
+    one = flow.pieces(tasks[:1], job, cluster, NoNotes()).materialize().stats()
     for stats, stages in ((many, 2), (one, 3)):
         names = [line for line in stats.splitlines() if line.startswith("Operator ")]
         assert len(names) == stages, stats
         assert "ResNetPredictor" in names[-1]
         assert "->" not in names[-1], "decoding is fused into the predictor"
+
+
+def test_a_run_says_what_bounded_it_and_scores_what_was_predicted(first: Path, tmp_path: Path):
+    config = digits_config(first / "shards", tmp_path / "labels")
+    before = pipeline.plan(config)
+    found = pipeline.plan(config, estimate=True, price_per_hour=3600)
+    assert before == replace(found, estimate=None), "estimating changes nothing of the plan"
+    estimate = found.estimate
+    assert estimate is not None
+    assert (estimate.shards, estimate.num_bytes) == (4, before.num_bytes)
+    assert estimate.images == pytest.approx(200, rel=0.1)
+    assert estimate.cost == pytest.approx(estimate.seconds, rel=0.01)
+    assert not list((tmp_path / "labels").glob("data/*")), "nothing is committed"
+    report = pipeline.run(config)
+    assert report.exit_code == ExitCode.COMPLETE
+    assert report.prediction["predicted_seconds"] == estimate.seconds
+    assert report.prediction["seconds"] == pytest.approx(report.seconds, abs=0.1)
+    assert report.verdict.startswith("start-up (")
+    spent = report.usage["spent"]
+    assert 0 < spent["decode_cpu_s"] <= spent["decode_s"] * 1.1
+    assert pipeline.verify(str(tmp_path / "labels")).ok

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import ray
@@ -21,20 +22,32 @@ class Worker:
     def process(self) -> tuple[str, int]:
         return witness._this_process(), os.getpid()
 
-    def begin(self, notes: RayNotes, work: str) -> int:
-        return notes.begin(work)
+    def begin(self, notes: RayNotes, work: str, deaths: int, folder: Path) -> int:
+        """What it is told when it begins the work, after it has died of it so many times."""
+        told = notes.begin(work)
+        (folder / f"{os.getpid()}").touch()
+        if len(list(folder.iterdir())) <= deaths:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return told
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_worker_that_is_killed_is_dead_and_blamed_and_one_that_lives_is_not() -> None:
-    notes = RayNotes(Witness.remote())
-    worker, other = Worker.remote(), Worker.remote()
+def test_what_is_done_again_is_told_how_often_it_killed_but_for_the_first_time(tmp_path: Path) -> None:
+    notes = RayNotes(ray.remote(num_cpus=0, max_concurrency=2)(Witness).remote())
+    assert ray.get(Worker.remote().begin.remote(notes, "work", 3, tmp_path)) == 2
+    (tmp_path / "other").mkdir()
+    assert ray.get(Worker.remote().begin.remote(notes, "work", 0, tmp_path / "other")) == 0, "it is new to this one"
+    (tmp_path / "third").mkdir()
+    assert ray.get(Worker.remote().begin.remote(notes, "other work", 1, tmp_path / "third")) == 0, "it has not killed"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_that_is_killed_is_dead_and_one_that_lives_is_not() -> None:
+    worker = Worker.remote()
     process, pid = ray.get(worker.process.remote())
     assert fate_of(process) is Fate.ALIVE
-    assert ray.get(worker.begin.remote(notes, "work")) == 0
-    assert ray.get(other.begin.remote(notes, "work")) == 0, "it is done twice at once, and nobody has died"
     os.kill(pid, signal.SIGSEGV)
-    assert ray.get(worker.begin.remote(notes, "work")) == 1
+    assert ray.get(worker.process.remote())[0] != process
     assert fate_of(process) is Fate.DEAD
 
 

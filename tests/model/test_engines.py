@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import signal
 import sys
 import time
@@ -13,12 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torchvision.models import resnet18
 
+from pipeline.config import Transform
 from pipeline.errors import ConfigError
 from pipeline.model.engines import Engine, choose_engine, load_engine
-from pipeline.model.spec import make_spec
-from pipeline.model.zoo import resolve
+from pipeline.model.predictor import PredictorSettings, ResNetPredictor
+from pipeline.model.spec import ModelInfo, make_spec
+from pipeline.model.torch_engine import TorchEngine, _compiler_cache, compile_options
+from pipeline.model.zoo import build, resolve
+from pipeline.rows import Columns
 from tests.model.helpers import (
     NUM_CLASSES,
     SIZE,
@@ -29,6 +35,7 @@ from tests.model.helpers import (
     photographs,
     python,
 )
+from tests.model.test_predictor import block_of
 
 BATCH_SIZE = 16
 ENGINES = ["eager", "compile", "openvino"]
@@ -157,6 +164,36 @@ def test_pixels_may_be_read_only_and_results_are_the_callers(load: Load, name: s
     engine(photographs()[-BATCH_SIZE:].copy())
     for rows, earlier in zip(results, before, strict=True):
         assert np.array_equal(rows, earlier)
+
+
+def test_what_is_compiled_for_a_gpu_names_options_that_torch_has():
+    """torch.compile refuses others, before it compiles."""
+    for size in (SIZE, None):
+        torch.compile(lambda x: x, options=compile_options("cuda", size))
+    assert compile_options("cuda", SIZE)["triton.cudagraphs"]
+
+
+def test_blocks_of_any_length_do_not_compile_again(load: Load, monkeypatch: pytest.MonkeyPatch):
+    engine = load("compile")
+    monkeypatch.setattr("pipeline.model.predictor.load_engine", lambda *_: engine)
+    info = ModelInfo(NUM_CLASSES, None, Transform(), 512)
+    settings = PredictorSettings("compile", "cpu", BATCH_SIZE, 3, Columns(True, True, "float16", 512))
+    predictor = ResNetPredictor(make_spec(make_job(engine="noop")), info, settings)
+    compiled = dict(counters["stats"])
+    assert compiled["unique_graphs"] >= 1
+    for length in (1, 3, BATCH_SIZE - 1, BATCH_SIZE, BATCH_SIZE + 5):
+        assert predictor(block_of(list(range(length)), SIZE)).num_rows == length + 2
+    assert dict(counters["stats"]) == compiled
+
+
+def test_weights_converted_once_give_what_autocast_gives(checkpoint: Path):
+    spec = make_spec(make_job(name="resnet18", weights=str(checkpoint), precision="bfloat16"))
+    converted = load_engine("eager", spec, resolve(spec), "cpu", 8, threads=2)
+    assert isinstance(converted, TorchEngine)
+    assert {p.dtype for p in converted.forward.parameters()} == {torch.bfloat16, torch.float32}  # of batch norm
+    plain = TorchEngine(build(spec).to(memory_format=torch.channels_last), torch.device("cpu"), torch.bfloat16)
+    for found, expected in zip(converted(photographs()[:8]), plain(photographs()[:8]), strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_eager_uses_the_threads_that_it_is_given(load: Load):
@@ -288,6 +325,8 @@ def test_a_noop_spec_never_reaches_a_real_engine():
         ("auto", "cpu", "float32", "openvino"),
         ("auto", "cpu", "bfloat16", "openvino"),
         ("auto", "cpu", "float16", "eager"),
+        ("auto", "cpu", "int8", "openvino"),
+        ("noop", "cuda", "int8", "noop"),
         ("auto", "cuda", "float32", "eager"),
         ("compile", "cuda", "float16", "compile"),
         ("noop", "cuda", "float32", "noop"),
@@ -300,9 +339,11 @@ def test_the_engine_that_is_chosen(requested, device, precision, chosen):
 @pytest.mark.parametrize(
     ("requested", "device", "precision", "message"),
     [
-        ("auto", "cpu", "int8", "int8 is not supported yet"),
+        ("auto", "cuda", "int8", "int8 is computed by openvino on CPUs; here runtime.engine is auto on cuda"),
+        ("eager", "cpu", "int8", "here runtime.engine is eager on cpu. Use runtime.device=cpu, runtime.engine=auto"),
+        ("compile", "cpu", "int8", r"pip install 'resnet-batch\[cpu,int8\]'"),
         ("openvino", "cuda", "float32", "openvino runs on CPUs here"),
-        ("openvino", "cpu", "float16", "float32 or bfloat16"),
+        ("openvino", "cpu", "float16", "float32, bfloat16 or int8"),
     ],
 )
 def test_engines_that_cannot_be(requested, device, precision, message):
@@ -314,6 +355,8 @@ def test_without_openvino_auto_is_eager(monkeypatch):
     monkeypatch.delitem(sys.modules, "openvino", raising=False)
     monkeypatch.setattr(sys, "path", [])
     assert choose_engine("auto", "cpu", "float32") == "eager"
+    with pytest.raises(ConfigError, match="int8 is computed by openvino .* and openvino is not installed"):
+        choose_engine("auto", "cpu", "int8")
 
 
 def test_without_openvino_asking_for_it_is_an_error(arguments):
@@ -336,6 +379,22 @@ def test_a_missing_gpu_is_an_error():
     spec = make_spec(make_job(name="resnet18", weights="random"))
     with pytest.raises(ConfigError, match=r"there is no CUDA device here"):
         load_engine("eager", spec, resolve(spec), "cuda", 4)
+
+
+def test_what_a_killed_compiler_left_is_thrown_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RESNET_BATCH_CACHE", str(tmp_path))
+    half, whole = tmp_path / "inductor" / "key" / "half.so", tmp_path / "inductor" / "key" / "whole.so"
+    killed = _compiler_cache("key")
+    killed.__enter__()
+    half.touch()
+    killed.__exit__(SystemExit, SystemExit(), None)
+    assert half.exists()
+    with _compiler_cache("key"):
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(half.parent)
+        assert not half.exists()
+        whole.touch()
+    with _compiler_cache("key"):
+        assert whole.exists()
 
 
 def test_a_node_without_compiler_says_so(arguments):

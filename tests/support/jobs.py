@@ -79,7 +79,7 @@ def assert_no_leftovers(folder: Path) -> None:
     """Only what the layout names stands in a local dataset."""
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
-        known = name.split("/")[0] in {"_dataset.json", "README.md", "data", "errors", "_ledger", "_runs"}
+        known = name.split("/")[0] in {"_dataset.json", "README.md", "data", "errors", "_ledger", "_model", "_runs"}
         assert known, name
         assert not path.name.startswith("."), name
     for path in (folder / "data").glob("*"):

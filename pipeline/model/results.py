@@ -1,0 +1,111 @@
+"""What is kept of a network's outputs: the best classes and the embeddings as they are stored. On the host, by numpy.
+
+`torch_engine.results_of` is the same for a device with memory of its own, where only results are copied back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.model.engines import Engine, Pixels, Rows
+
+CALLS = 2  # at once: one call's batches keep the device busy while the other's results become a table
+
+# Row numbers (N,) within a block, and the pixels of these rows first; what is left of the B images is padding.
+Batch = tuple[npt.NDArray[np.int64], Pixels]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What of a network's outputs is stored."""
+
+    top_k: int  # classes per image; 0: none
+    embedding_dtype: Literal["float16", "float32"] | None
+
+
+class Results(NamedTuple):
+    """Of N images. k is at most the number of classes; what is not wanted has the width 0."""
+
+    scores: npt.NDArray[np.float32]  # (N, k) softmax, descending
+    ids: npt.NDArray[np.int32]  # (N, k) class ids; ties in the order of the ids
+    embeddings: npt.NDArray[np.floating]  # (N, D) in the stored type
+    is_finite: npt.NDArray[np.bool_]  # (N,): all logits, and all of the embedding as it is stored
+
+
+class Compute(Protocol):
+    """Batches to the results of their rows, in the same order. May take a batch up before it gives the last one out.
+
+    Several threads may call it at once. Raises OutOfMemory where the device has too little: then what was not given
+    out is not done.
+    """
+
+    def __call__(self, batches: Iterable[Batch]) -> Iterator[tuple[npt.NDArray[np.int64], Results]]: ...
+
+
+class OnHost:
+    """See `Compute`: an engine whose outputs lie in the host's memory. It runs in `thread`, one batch at a time."""
+
+    def __init__(self, engine: Engine, wanted: Wanted, thread: Executor) -> None:
+        self._engine, self._wanted, self._thread = engine, wanted, thread
+
+    def __call__(self, batches: Iterable[Batch]) -> Iterator[tuple[npt.NDArray[np.int64], Results]]:
+        for rows, pixels in batches:
+            logits, embeddings = self._thread.submit(self._engine, pixels).result()
+            yield rows, results_of(logits[: len(rows)], embeddings[: len(rows)], self._wanted)
+
+
+def connect(engine: Engine, device: str, wanted: Wanted, thread: Executor) -> Compute:
+    """The engine, which was loaded in `thread` on `device` (cpu or cuda), with what its outputs go through."""
+    if device == "cpu":
+        return OnHost(engine, wanted, thread)
+    from pipeline.model.torch_engine import TorchEngine
+    from pipeline.model.transfer import Cuda, OnDevice
+
+    assert isinstance(engine, TorchEngine), "the other engines know CPUs only"
+    return OnDevice(partial(engine.results, wanted=wanted), Cuda(), thread)
+
+
+def results_of(logits: Rows, embeddings: Rows, wanted: Wanted) -> Results:
+    """Logits float32 (N, C) and embeddings float32 (N, D) to what is stored of them."""
+    is_finite = np.asarray(np.isfinite(logits).all(axis=1))
+    scores, ids = logits[:, :0], np.empty((len(logits), 0), np.int32)
+    if wanted.top_k:
+        scores = softmax(logits)
+        ids = top_ids(scores, wanted.top_k)
+        scores = np.take_along_axis(scores, ids, axis=1)
+    stored: npt.NDArray[np.floating] = embeddings[:, :0]
+    if wanted.embedding_dtype:
+        with np.errstate(over="ignore"):  # what overflows to infinity becomes an error row
+            stored = embeddings.astype(wanted.embedding_dtype)
+        is_finite = is_finite & np.isfinite(stored).all(axis=1)
+    return Results(scores, ids, stored, is_finite)
+
+
+def softmax(logits: Rows) -> Rows:
+    """float32 (N, C) to float32 (N, C), rows summing to 1."""
+    with np.errstate(invalid="ignore", over="ignore"):  # rows that are not finite become error rows
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return np.asarray(powers / powers.sum(axis=1, keepdims=True), np.float32)
+
+
+def top_ids(scores: Rows, k: int) -> npt.NDArray[np.int32]:
+    """int32 (N, min(k, C)): the ids of the highest scores, descending, ties to the lower id."""
+    num_classes = scores.shape[1]
+    k = min(k, num_classes)
+    if k == num_classes:
+        return np.argsort(-scores, axis=1, kind="stable").astype(np.int32)
+    # Sorting all classes costs more than a small network; but a tie across the cut must go to the lower id.
+    ids = np.sort(np.argpartition(-scores, k - 1, axis=1)[:, :k], axis=1)
+    best = np.take_along_axis(scores, ids, axis=1)
+    ids = np.take_along_axis(ids, np.argsort(-best, axis=1, kind="stable"), axis=1)
+    is_tied = (scores >= best.min(axis=1, keepdims=True)).sum(axis=1) != k
+    if is_tied.any():
+        ids[is_tied] = np.argsort(-scores[is_tied], axis=1, kind="stable")[:, :k]
+    return ids.astype(np.int32)

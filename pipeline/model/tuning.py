@@ -1,0 +1,96 @@
+"""How many images at once: the knee of the throughput curve, measured on the device in seconds, kept by its node."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import time
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from pipeline.config import digest
+from pipeline.model.cache import cache_directory, new_file
+from pipeline.model.engines import Engine, OutOfMemory, load_engine, num_cores
+from pipeline.model.spec import ModelInfo, ModelSpec
+from pipeline.model.zoo import cache_key
+
+log = logging.getLogger(__name__)
+
+CANDIDATES = {"cpu": (8, 16, 32), "cuda": (32, 64, 128, 256, 512)}  # images
+UNMEASURED = {"cpu": 32, "cuda": 256}  # where images have their own sizes, or nothing is computed
+ENOUGH = 0.97  # of the best rate: beyond that a larger batch costs memory and latency for nothing
+SECONDS = 0.4  # for each candidate
+MEMORY = 0.5  # of the device's; the rest is for what else lives there, and for fragments
+
+
+def choose_batch_size(spec: ModelSpec, info: ModelInfo, engine: str, device: str) -> int:
+    """The smallest batch that is about as fast as any, in images. What this node found before, it does not measure
+    again; a network that can change unseen is measured in every run."""
+    if spec.is_noop or engine == "noop" or info.input_size is None:
+        return UNMEASURED[device]
+    key = cache_key(spec, "torch", "openvino") if engine == "openvino" else cache_key(spec, "torch")
+    if key is None:
+        return knee(dict(_curve(spec, info, engine, device)), device)
+    path = cache_directory("batch-sizes") / f"{digest([key, engine, _hardware(device)], 32)}.json"
+    if not path.exists():
+        curve = dict(_curve(spec, info, engine, device))
+        found = {
+            "batch_size": knee(curve, device),
+            "images_per_s": {size: round(rate, 1) for size, rate in curve.items()},
+        }
+        with new_file(path) as temporary:
+            temporary.write_text(json.dumps(found))
+        log.info("runtime.batch_size: %s", found)
+    batch_size: int = json.loads(path.read_text())["batch_size"]
+    return batch_size
+
+
+def knee(curve: Mapping[int, float], device: str) -> int:
+    """The smallest batch size whose rate is nearly that of the best. Where not even the smallest candidate fitted, that
+    one: the predictor goes on with less."""
+    if not curve:
+        return CANDIDATES[device][0]
+    best = max(curve.values())
+    return min(size for size, rate in curve.items() if rate >= ENOUGH * best)
+
+
+def _curve(spec: ModelSpec, info: ModelInfo, engine: str, device: str) -> Iterator[tuple[int, float]]:
+    """Batch sizes and their rates in images/s, up to where the device's memory ends."""
+    # Compiling takes a minute for each size and moves the knee little.
+    engine = "eager" if engine == "compile" else engine
+    for size in CANDIDATES[device]:
+        try:
+            rate = measure_rate(load_engine(engine, spec, info, device, size), info, size)
+        except OutOfMemory:
+            return
+        yield size, rate
+        if device == "cuda" and _share_of_memory_used() > MEMORY / 2:  # the next size takes twice as much
+            return
+
+
+def measure_rate(engine: Engine, info: ModelInfo, batch_size: int, seconds: float = SECONDS) -> float:
+    """Images/s of an engine on batches of noise, warm."""
+    side = info.input_size or 224
+    pixels = np.random.default_rng(0).integers(0, 256, (batch_size, side, side, 3), np.uint8)
+    engine(pixels)
+    begun, batches = time.perf_counter(), 0
+    while time.perf_counter() - begun < seconds:
+        engine(pixels)
+        batches += 1
+    return batches * batch_size / (time.perf_counter() - begun)
+
+
+def _share_of_memory_used() -> float:
+    import torch
+
+    return torch.cuda.max_memory_reserved() / torch.cuda.get_device_properties(0).total_memory
+
+
+def _hardware(device: str) -> list[str | int]:
+    if device == "cpu":
+        return [platform.processor() or platform.machine(), num_cores()]
+    import torch
+
+    return [torch.cuda.get_device_name(0)]

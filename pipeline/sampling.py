@@ -1,0 +1,195 @@
+"""Measure on the machines that a run would use what a sample of its images takes: read, decode, network, write."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+
+from pipeline.calibration import spread
+from pipeline.cluster import Cluster, connected
+from pipeline.config import JobConfig
+from pipeline.deaths import Guard, NoNotes
+from pipeline.errors import FatalError
+from pipeline.estimation import FORMAT, PREDICTION, Estimate, Measured, estimate
+from pipeline.flow import PREDICT_CPUS, Job, decode_cpus, prepare
+from pipeline.inputs.shards import Shard
+from pipeline.inputs.stream import pixel_blocks, read_rows
+from pipeline.model.predictor import ResNetPredictor
+from pipeline.model.spec import ModelSpec
+from pipeline.outputs.dataset import Dataset
+from pipeline.outputs.schema import Footer, part_schema, write_parquet
+from pipeline.planning import Plan
+from pipeline.rows import PIXELS, Kind, Row
+from pipeline.storage import Store
+from pipeline.timing import Spent
+from pipeline.witness import wait_for
+
+IMAGES_PER_TASK = 150
+MAX_TASKS = 16
+MEMBER_BYTES = 1024  # of a tar beside a member's content: its header, and what fills up its last block
+COUNTED_BYTES = 32 * 2**20
+PREDICT_SECONDS = 2.0
+PROBE_BYTES = 64 * 2**20  # at most
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What one reader made of its share of the sample."""
+
+    images: int
+    read: int  # images, of which some were not decoded
+    num_bytes: float  # of shards, for these; an estimate where a shard was not read to its end
+    spent: Spent
+    block: pa.Table  # PIXELS
+
+
+def estimate_plan(
+    config: JobConfig, spec: ModelSpec, dataset: Dataset, plan: Plan, price_per_hour: float | None
+) -> Estimate:
+    """What the plan's shards will take. Left in the dataset, where the run that follows finds it."""
+    measured = measure(config, spec, dataset, plan)
+    found = estimate(measured, [task.shard.size for task in plan.tasks], price_per_hour)
+    dataset.store.put(dataset.path(*PREDICTION), json.dumps(asdict(found) | {"format": FORMAT}, indent=1).encode())
+    return found
+
+
+def measure(config: JobConfig, spec: ModelSpec, dataset: Dataset, plan: Plan) -> Measured:
+    """Figures of a sample of the plan's shards. Raises FatalError where no image of it can be read and decoded, and
+    what keeps the model from being built."""
+    begun = time.monotonic()
+    shards = [task.shard for task in plan.tasks]
+    with connected(config) as cluster:
+        job = prepare(config, spec, cluster, shards)
+        started = time.monotonic()
+        decoded = _decode(shards, job, cluster)
+        images, read = (sum(column) for column in zip(*((d.images, d.read) for d in decoded), strict=True))
+        if not images:
+            raise FatalError("no image of the sample can be read and decoded: look at input.format and input.url.")
+        network_s, row_bytes, load_s = _predict([found.block for found in decoded], job)
+        put_s = _put_seconds(dataset, row_bytes * _images_per_shard(shards, decoded))
+        spent = sum((found.spent for found in decoded), Spent())
+        busy = spent.decode_s / spent.decode_cpu_s if spent.decode_cpu_s else 1.0
+        return Measured(
+            images=images,
+            bytes_per_image=sum(found.num_bytes for found in decoded) / read,
+            read_wait_s=max(spent.read_s - spent.read_cpu_s * busy, 0.0) / read,
+            read_cpu_s=spent.read_cpu_s / read,
+            decode_cpu_s=spent.decode_cpu_s / images,
+            network_s=network_s,
+            row_bytes=row_bytes,
+            put_s=put_s,
+            start_up_s=started - begun + load_s,
+            engine=job.settings.engine,
+            device=job.settings.device,
+            batch_size=job.settings.batch_size,
+            actors=job.num_actors,
+            nodes=cluster.num_nodes,
+            cores=cluster.num_cpus,
+            model_fingerprint=job.spec.fingerprint,
+        )
+
+
+def _images_per_shard(shards: Sequence[Shard], decoded: Sequence[Decoded]) -> float:
+    per_byte = sum(found.read for found in decoded) / sum(found.num_bytes for found in decoded)
+    return sum(shard.size for shard in shards) * per_byte / len(shards)
+
+
+def _decode(shards: Sequence[Shard], job: Job, cluster: Cluster) -> list[Decoded]:
+    """Read and decode on all cores at once, as a run does. What starting the workers takes is not in it."""
+    tasks = min(cluster.num_cpus, MAX_TASKS)
+    chosen = spread(shards)
+    shares = [chosen[start::tasks] or chosen[:1] for start in range(tasks)]
+    decoding = ray.remote(num_cpus=decode_cpus(cluster))(_read_and_decode)
+    wait_for(decoding.remote(chosen[:1], job, 1))  # what is imported and connected only once
+    answers = [decoding.remote(share, job, IMAGES_PER_TASK) for share in shares]
+    return [wait_for(answer) for answer in answers]
+
+
+class _Kept(NoNotes):
+    """Keeps what a guard tells."""
+
+    def __init__(self) -> None:
+        self.spent = Spent()
+
+    def spend(self, spent: Spent) -> None:
+        self.spent += spent
+
+
+def _read_and_decode(shards: Sequence[Shard], job: Job, images: int) -> Decoded:
+    """The first images of these shards, about as many of each; of the first shard more are read, to count them."""
+    notes = _Kept()
+    guard = Guard(notes, "sample")
+    store = Store(job.config.input_storage)
+    sizes: list[float] = []
+    read: list[int] = []
+
+    def rows() -> Iterator[Row]:
+        for number, shard in enumerate(shards):
+            lengths: list[int] = []
+            for row in read_rows(number, shard, job.config.input, store, guard):
+                if row.kind is Kind.SAMPLE:
+                    lengths.append(len(row.data or b""))
+                    if len(lengths) <= images / len(shards):
+                        yield row
+                if len(lengths) >= images / len(shards) and (number or sum(lengths) >= COUNTED_BYTES):
+                    break
+            is_whole = row.kind is Kind.END
+            extra = MEMBER_BYTES * len(lengths) if shard.kind == "webdataset" else 0
+            sizes.append(shard.size if is_whole else sum(lengths) + extra)
+            read.append(len(lengths))
+
+    blocks = list(guard.watch(pixel_blocks(rows(), job.info.transform, job.config.input, images, guard)))
+    samples = [block.filter(pc.equal(block["kind"], int(Kind.SAMPLE))) for block in blocks]
+    block = pa.concat_tables(samples) if samples else PIXELS.empty_table()
+    return Decoded(block.num_rows, sum(read), sum(sizes), notes.spent, block)
+
+
+def _predict(blocks: list[pa.Table], job: Job) -> tuple[float, float, float]:
+    """Seconds per image of one device, bytes of a row in a part, and seconds to load the network."""
+    predicting = ray.remote(num_cpus=PREDICT_CPUS, num_gpus=job.num_gpus)(_time_predictor)
+    answer: tuple[float, float, float] = wait_for(predicting.remote(blocks, job))
+    return answer
+
+
+def _time_predictor(blocks: list[pa.Table], job: Job) -> tuple[float, float, float]:
+    begun = time.perf_counter()
+    predictor = ResNetPredictor(job.spec, job.info, job.settings)
+    block = pa.concat_tables(blocks)
+    pieces = predictor(block)
+    loaded = time.perf_counter()
+    images = 0
+    while images == 0 or time.perf_counter() - loaded < PREDICT_SECONDS:
+        images += predictor(block).num_rows
+    seconds = time.perf_counter() - loaded
+    return seconds / images, _row_bytes(pieces, job), loaded - begun
+
+
+def _row_bytes(pieces: pa.Table, job: Job) -> float:
+    """Of a part that holds these rows."""
+    schema = part_schema(job.settings.columns)
+    shard = pa.repeat(pa.scalar("sample"), pieces.num_rows)
+    rows = pieces.set_column(pieces.schema.get_field_index("shard"), "shard", shard).select(schema.names)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "part")
+        write_parquet(path, schema, [rows.cast(schema)], Footer("sample", "", "", "", rows.num_rows, rows.num_rows, 0))
+        size: int = path.stat().st_size
+    return size / int(pieces.num_rows)
+
+
+def _put_seconds(dataset: Dataset, num_bytes: float) -> float:
+    """To put a part of this size into the dataset's store: measured there, with a file that is deleted at once."""
+    url = dataset.path("_runs", f"probe-{uuid.uuid4().hex[:8]}")
+    begun = time.perf_counter()
+    dataset.store.put(url, bytes(round(min(num_bytes, PROBE_BYTES))))
+    seconds = time.perf_counter() - begun
+    dataset.store.delete(url)
+    return seconds * max(num_bytes / PROBE_BYTES, 1.0)

@@ -1,0 +1,99 @@
+"""What bounded a run, from what its time went into, and what to change. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.timing import Spent
+
+Bound = Literal["network", "decode", "read", "write", "start-up"]
+
+MIN_SECONDS = 5.0  # of steady work; below that, starting up is what the time went into
+BUSY = 0.8  # of a device's time, or of the cores'
+WAITING = 0.4  # of the decoders' time, spent on a store's answers
+HELD_UP = 0.2  # of the time, in which commits kept everything else waiting
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a run had, and what became of it."""
+
+    seconds: float  # from the first results to the last commit
+    start_up_s: float  # before that, once Ray was there
+    write_s: float  # in which nothing could go on but commits
+    cores: int
+    actors: int
+    device: str  # cpu or cuda
+    spent: Spent
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`shares` are those of the time (or of the cores' time, where it says so), from 0 to 1."""
+
+    bound: Bound
+    shares: dict[str, float]
+    advice: str
+
+    def __str__(self) -> str:
+        figures = ", ".join(f"{name} {share:.0%}" for name, share in self.shares.items())
+        return f"{self.bound} ({figures}). {self.advice}"
+
+
+def judge(usage: Usage) -> Verdict:
+    """The first thing that was at its limit, looked at from the output to the input."""
+    spent, seconds = usage.spent, max(usage.seconds, 1e-3)
+    cpu = usage.cores * seconds
+    decoding = (spent.read_cpu_s + spent.decode_cpu_s) / cpu
+    shares = {
+        "actors at work": min(spent.predict_s / (usage.actors * seconds), 1.0),
+        "cores at the network": spent.predict_cpu_s / cpu,
+        "cores at reading and decoding": decoding,
+        "decoders waiting for the store": min(_waiting_s(spent) / cpu, 1.0),
+        "held up by writing": min(usage.write_s / seconds, 1.0),
+    }
+    bound = _bound(shares, usage)
+    return Verdict(bound, {name: round(share, 3) for name, share in shares.items()}, _advice(bound, usage.device))
+
+
+def _bound(shares: dict[str, float], usage: Usage) -> Bound:
+    if usage.seconds < max(MIN_SECONDS, usage.start_up_s / 2):
+        return "start-up"
+    if shares["held up by writing"] >= HELD_UP:
+        return "write"
+    on_cpu = usage.device == "cpu"
+    if not on_cpu and shares["actors at work"] >= BUSY:
+        return "network"
+    at_network = shares["cores at the network"] if on_cpu else 0.0
+    if shares["decoders waiting for the store"] >= WAITING:
+        return "read"
+    if on_cpu and at_network >= shares["cores at reading and decoding"]:
+        return "network"
+    return "decode"
+
+
+def _waiting_s(spent: Spent) -> float:
+    """Seconds that reading waited for the store. Where there is more to do than cores, everything waits for a core:
+    that is left out, by the measure of decoding, which waits for nothing else."""
+    for_a_core = spent.decode_s / spent.decode_cpu_s if spent.decode_cpu_s else 1.0
+    return max(spent.read_s - spent.read_cpu_s * for_a_core, 0.0)
+
+
+def _advice(bound: Bound, device: str) -> str:
+    if device == "cuda" and bound in ON_GPUS:
+        return ON_GPUS[bound]
+    return ADVICE[bound]
+
+
+ADVICE: dict[Bound, str] = {
+    "network": "To go faster: a GPU, more cores, or model.precision=bfloat16 or int8 in a new dataset.",
+    "decode": "To go faster: more cores, or images stored closer to the size that the network takes.",
+    "read": "The store answers slowly: more CPUs read more shards at once; so do larger shards and a nearer bucket.",
+    "write": "Commits are slow: larger shards make fewer of them; so does a faster store for the output.",
+    "start-up": "There was little to do: most of the time went into starting processes.",
+}
+ON_GPUS: dict[Bound, str] = {
+    "network": "The GPUs are busy: more of them, or model.precision=bfloat16 in a new dataset.",
+    "decode": "The GPUs wait for decoding: more CPUs for each, or images stored closer to the network's size.",
+}

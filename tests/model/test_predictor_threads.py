@@ -1,0 +1,159 @@
+"""The predictor in two threads at once, and over a device that works beside the host."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.deaths import SPLIT_AFTER, NoNotes
+from pipeline.model import predictor as module
+from pipeline.model.engines import Engine
+from pipeline.model.predictor import PredictorSettings, ResNetPredictor
+from pipeline.model.results import Compute, Wanted
+from pipeline.model.spec import make_spec
+from pipeline.model.torch_engine import TorchEngine
+from pipeline.model.transfer import OnDevice
+from pipeline.model.turns import Turns
+from pipeline.model.zoo import resolve
+from pipeline.rows import Columns
+from tests.model.fake_device import FakeDevice
+from tests.model.helpers import make_job
+from tests.model.test_predictor import BATCH, block_of, by_index, colour_engine, load
+from tests.model.test_transfer import colours
+
+TIMEOUT_S = 20
+
+
+@pytest.mark.parametrize("eagerness", [0, 1])
+def test_what_fails_for_want_of_memory_is_done_again_and_nothing_else(
+    eagerness: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With eagerness 1 the third batch fails as it is enqueued, while the second is under way; with 0 when it is waited
+    for, with the fourth under way."""
+    computed: Counter[int] = Counter()
+    is_small = False
+
+    def network(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        if is_small and len(pixels) == BATCH and 1 + 2 * BATCH in pixels:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        computed.update(pixels[:, 0, 0, 0].tolist())
+        return colours(pixels)
+
+    def connect(engine: Engine, device: str, wanted: Wanted, thread: Executor) -> Compute:
+        on_device = TorchEngine(network, torch.device("cpu"), None)
+        return OnDevice(lambda pixels: on_device.results(pixels, wanted), FakeDevice(eagerness, eagerness), thread)
+
+    block = block_of(list(range(1, 22)))
+    monkeypatch.setattr(module, "connect", connect)
+    whole = by_index(load(monkeypatch, None)(block))
+    caplog.set_level(logging.WARNING)
+    is_small = True
+    computed.clear()
+    assert by_index(load(monkeypatch, None)(block)) == whole
+    assert caplog.text.count("out of device memory with 4 images at once: going on with 2") == 1
+    again = {colour for colour, times in computed.items() if times > 1 and colour}
+    assert again == (set(range(5, 9)) if eagerness else set(range(13, 17)))
+
+
+def run_at_once(predictor: ResNetPredictor, blocks: list[pa.Table]) -> list[dict[tuple[int, int], dict[str, Any]]]:
+    with ThreadPoolExecutor(len(blocks)) as threads:
+        return list(threads.map(lambda block: by_index(predictor(block)), blocks))
+
+
+def test_one_block_is_computed_while_another_becomes_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_computed = {1: threading.Event(), 2: threading.Event()}
+
+    def engine(pixels: np.ndarray) -> Any:
+        is_computed[pixels[0, 0, 0, 0]].set()
+        return colour_engine(pixels)
+
+    class Patient(ResNetPredictor):
+        def _rows(self, *args: Any) -> pa.Table:
+            assert all(event.wait(TIMEOUT_S) for event in is_computed.values()), "the other block was not computed"
+            return super()._rows(*args)
+
+    monkeypatch.setattr("tests.model.test_predictor.ResNetPredictor", Patient)
+    found = run_at_once(load(monkeypatch, engine), [block_of([1] * 9), block_of([2] * 9)])
+    assert [{row["score"] for row in f.values() if row["score"]} for f in found] == [
+        {by_index(load(monkeypatch, colour_engine)(block_of([colour])))[0, 0]["score"]} for colour in (1, 2)
+    ]
+
+
+def test_many_blocks_at_once_give_what_they_give_one_by_one() -> None:
+    job = make_job(name="resnet18", weights="random", num_classes=10, transform={"resize": None, "crop": None})
+    spec = make_spec(job)
+    info = resolve(spec)
+    settings = PredictorSettings("eager", "cpu", 8, 3, Columns(True, True, "float16", info.embedding_dim))
+    predictor = ResNetPredictor(spec, info, settings)
+    blocks = [block_of(list(range(first, first + 11)), side=16) for first in range(0, 240, 40)]
+    assert run_at_once(predictor, blocks) == [by_index(predictor(block)) for block in blocks]
+
+
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_while_a_block_is_suspected_nothing_else_is_begun(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that died of a sample would else be held against whatever was under way beside it."""
+    suspected, other = block_of([1] * 5).slice(0, num_rows), block_of([2] * 5)
+    begun: list[str] = []
+    is_at_work, may_go_on = threading.Event(), threading.Event()
+
+    class Suspicious(NoNotes):
+        def begin(self, work: str) -> int:
+            begun.append(work)
+            return SPLIT_AFTER if work.endswith(" 5 rows") else 0
+
+        def end(self, work: str) -> None:
+            begun.append(f"end of {work}")
+
+    def engine(pixels: np.ndarray) -> Any:
+        if pixels[0, 0, 0, 0] == 1:
+            is_at_work.set()
+            assert may_go_on.wait(TIMEOUT_S)
+        return colour_engine(pixels)
+
+    predictor = load(monkeypatch, engine, Suspicious())
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(predictor, suspected)
+        assert is_at_work.wait(TIMEOUT_S)
+        second = threads.submit(predictor, other)
+        threading.Event().wait(0.2)
+        assert not [work for work in begun if " 7 rows" in work]
+        may_go_on.set()
+        assert first.result(TIMEOUT_S).num_rows == num_rows
+        assert second.result(TIMEOUT_S).num_rows == 7
+    ends = [place for place, work in enumerate(begun) if work.startswith("end") and " 7 rows" not in work]
+    assert max(ends) < min(place for place, work in enumerate(begun) if " 7 rows" in work)
+
+
+def test_who_waits_to_be_alone_is_not_passed_over() -> None:
+    turns, order = Turns(), []
+    is_waiting = threading.Event()
+
+    def alone() -> None:
+        is_waiting.set()
+        with turns.alone():
+            order.append("alone")
+
+    def shared() -> None:
+        with turns.shared():
+            order.append("shared")
+
+    with ThreadPoolExecutor(2) as threads:
+        with turns.shared():
+            first = threads.submit(alone)
+            assert is_waiting.wait(TIMEOUT_S)
+            threading.Event().wait(0.1)
+            second = threads.submit(shared)
+            threading.Event().wait(0.1)
+            assert order == []
+        first.result(TIMEOUT_S)
+        second.result(TIMEOUT_S)
+    assert order == ["alone", "shared"]

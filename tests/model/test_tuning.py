@@ -1,0 +1,79 @@
+"""The batch size that a measured curve leads to, and that a node measures a model once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import JobConfig, make_config
+from pipeline.model import tuning
+from pipeline.model.engines import OutOfMemory, load_engine
+from pipeline.model.spec import make_spec
+from pipeline.model.tuning import choose_batch_size, knee
+from pipeline.model.zoo import resolve
+
+
+@pytest.mark.parametrize(
+    ("curve", "expected"),
+    [
+        ({8: 100.0}, 8),
+        ({8: 50.0, 16: 80.0, 32: 98.0, 64: 100.0}, 32),
+        ({8: 97.0, 16: 100.0, 32: 100.0}, 8),
+        ({8: 114.0, 16: 107.0, 32: 87.0}, 8),
+        ({}, 8),
+        ({32: 10.0, 64: 20.0, 128: 40.0}, 128),
+    ],
+)
+def test_the_knee_is_the_smallest_batch_that_is_about_as_fast_as_any(curve: dict[int, float], expected: int) -> None:
+    assert knee(curve, "cpu") == expected
+
+
+def config() -> JobConfig:
+    return make_config(
+        {
+            "input": {"url": "."},
+            "output": {"url": "."},
+            "model": {
+                "name": "pipeline.examples.network:digits_resnet20",
+                "weights": "random",
+                "transform": {"resize": 32, "crop": 32},
+            },
+        }
+    )
+
+
+def test_a_node_measures_once_and_keeps_the_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESNET_BATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuning, "SECONDS", 0.02)
+    spec = make_spec(config())
+    info = resolve(spec)
+    chosen = choose_batch_size(spec, info, "eager", "cpu")
+    (kept,) = (tmp_path / "cache" / "batch-sizes").glob("*.json")
+    found = json.loads(kept.read_text())
+    assert set(found["images_per_s"]) == {str(size) for size in tuning.CANDIDATES["cpu"]}
+    assert found["batch_size"] == chosen
+    kept.write_text(json.dumps(found | {"batch_size": 5}))
+    assert choose_batch_size(spec, info, "eager", "cpu") == 5, "it was measured again"
+    assert choose_batch_size(spec, info, "noop", "cpu") == tuning.UNMEASURED["cpu"]
+
+
+def test_what_the_device_has_no_memory_for_is_not_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESNET_BATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuning, "SECONDS", 0.02)
+    room = 16
+
+    def load(name, spec, info, device, batch_size, threads=None):
+        engine = load_engine(name, spec, info, device, batch_size, threads)
+
+        def limited(pixels):
+            if len(pixels) > room:
+                raise OutOfMemory("too little")
+            return engine(pixels)
+
+        return limited
+
+    monkeypatch.setattr(tuning, "load_engine", load)
+    spec = make_spec(config())
+    assert choose_batch_size(spec, resolve(spec), "eager", "cpu") in (8, 16)

@@ -1,0 +1,164 @@
+"""int8 datasets: one network for all their rows, made once of the job's images, known by what `_dataset.json` says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pipeline
+from pipeline.calibration import NUM_SHARDS, calibrate, known_spec, spread
+from pipeline.config import JobConfig, make_config
+from pipeline.errors import ConfigError, FatalError, ModelMismatch, StoreUnavailable
+from pipeline.inputs.shards import Shard, discover
+from pipeline.model.spec import make_spec
+from pipeline.storage import Store
+from tests.support.jobs import assert_exactly_once, assert_no_leftovers, digits_config, digits_tars, rows
+
+INT8 = {"precision": "int8"}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return digits_tars(tmp_path_factory.mktemp("input"), 3, 40, broken=[3])
+
+
+def job(shards: Path, output: Path, engine: str = "auto", **model: str) -> JobConfig:
+    return make_config(digits_config(shards, output, model=INT8 | model, runtime={"engine": engine}))
+
+
+def listed(config: JobConfig) -> list[Shard]:
+    return discover(config.input, Store(config.input_storage))
+
+
+# A run of two shards, and what is asked of its dataset.
+
+
+@pytest.fixture(scope="module")
+def dataset(shards: list[Path], tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> JobConfig:
+    folder = tmp_path_factory.mktemp("dataset")
+    (folder / "input").mkdir()
+    for path in shards[:2]:
+        shutil.copy2(path, folder / "input")
+    config = job(folder / "input" / "*.tar", folder / "labels")
+    assert pipeline.run(config).exit_code == 0
+    return config
+
+
+def network_of(config: JobConfig) -> Path:
+    (path,) = (Path(config.output.url) / "_model").iterdir()
+    return path
+
+
+def test_the_network_is_part_of_the_dataset_and_of_its_identity(dataset: JobConfig):
+    sha256 = hashlib.sha256(network_of(dataset).read_bytes()).hexdigest()
+    identity = json.loads((Path(dataset.output.url) / "_dataset.json").read_text())
+    assert identity["model"]["calibration"] == f"sha256:{sha256}"
+    assert identity["model_fingerprint"] == known_spec(dataset).fingerprint != make_spec(dataset).fingerprint
+    (run,) = (Path(dataset.output.url) / "_runs").glob("*/report.json")
+    assert json.loads(run.read_text())["model_fingerprint"] == identity["model_fingerprint"]
+    assert_exactly_once(dataset.output.url, 80)
+    assert_no_leftovers(Path(dataset.output.url))
+
+
+def test_its_rows_are_those_of_fp32_nearly(dataset: JobConfig):
+    found = rows(dataset.output.url)
+    exact = pipeline.preview(
+        dataset.model_copy(update={"model": dataset.model.model_copy(update={"precision": "float32"})}), 80
+    )
+    exact = exact.filter(exact["error"].is_null()).sort_by([("shard", "ascending"), ("index", "ascending")])
+    assert found["key"].to_pylist() == exact["key"].to_pylist()
+    assert np.mean([a == b for a, b in zip(found["class_id"], exact["class_id"], strict=True)]) >= 0.97
+    assert found["embedding"].to_pylist() != exact["embedding"].to_pylist()
+
+
+def test_rows_are_computed_again_with_its_network(dataset: JobConfig):
+    found = pipeline.verify(dataset.output.url, sample=20)
+    assert found.ok, str(found)
+    previewed = pipeline.preview(dataset, 10)
+    stored = {row["key"]: row["embedding"] for row in rows(dataset.output.url).to_pylist()}
+    predicted = [row for row in previewed.to_pylist() if row["error"] is None]
+    assert len(predicted) == 9
+    for row in predicted:
+        np.testing.assert_allclose(row["embedding"], stored[row["key"]], atol=2e-3)
+
+
+@pytest.mark.parametrize(("section", "key", "value"), [("model", "precision", "float32"), ("output", "top_k", 3)])
+def test_another_model_is_refused(dataset: JobConfig, section: str, key: str, value: str | int):
+    data = dataset.model_dump()
+    data[section][key] = value
+    with pytest.raises(ModelMismatch, match=f"{key}: the dataset has .*, this run {value}|this run .{value}"):
+        pipeline.plan(make_config(data))
+
+
+def test_a_later_run_goes_on_with_its_network(dataset: JobConfig, shards: list[Path]):
+    before = network_of(dataset), network_of(dataset).stat().st_mtime_ns
+    shutil.copy2(shards[2], Path(dataset.input.url).parent)
+    report = pipeline.run(dataset)
+    assert (report.shards_committed, report.exit_code) == (1, 0)
+    assert (network_of(dataset), network_of(dataset).stat().st_mtime_ns) == before
+    assert_exactly_once(dataset.output.url, 120)
+
+
+# Making it.
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    return digits_tars(tmp_path / "input", 2, 6)[0].parent / "*.tar"
+
+
+def test_of_two_first_runs_both_go_on_with_one_network(small: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    config = job(small, tmp_path / "labels")
+    first, second = listed(config)
+    before = known_spec(config)
+    winner, loser = (calibrate(before, config, [shard]) for shard in (first, second))
+    assert winner == loser == known_spec(config)
+    assert not winner.needs_calibration
+    assert "int8 is calibrated on 6 images only" in caplog.text
+    elsewhere = calibrate(before, job(small, tmp_path / "others"), [second])
+    assert elsewhere.fingerprint != winner.fingerprint  # other images make another model
+
+
+def test_shards_are_taken_from_all_over_the_plan(small: Path, tmp_path: Path):
+    few = listed(job(small, tmp_path / "labels"))
+    assert spread(few) == few
+    assert spread([]) == []
+    many = [few[0]] * 999 + [few[1]]
+    assert len(spread(many)) == NUM_SHARDS
+    assert [spread(list(range(1000)))[place] for place in (0, 1, 31)] == [0, 31, 968]  # type: ignore[type-var]
+
+
+def test_an_input_without_an_image_is_refused(tmp_path: Path):
+    digits_tars(tmp_path / "input", 1, 3, broken=[0, 1, 2])
+    config = job(tmp_path / "input" / "*.tar", tmp_path / "labels")
+    with pytest.raises(FatalError, match=r"not one of the first of 1 shards can be decoded, .*digits-000.tar"):
+        calibrate(known_spec(config), config, listed(config))
+
+
+def test_an_input_that_cannot_be_read_is_tried_again(tmp_path: Path, small: Path):
+    config = job(small, tmp_path / "labels")
+    planned = listed(config)
+    for path in small.parent.iterdir():
+        path.unlink()
+    with pytest.raises(StoreUnavailable, match=r"no image could be read to calibrate int8 on.*Run again"):
+        calibrate(known_spec(config), config, planned)
+
+
+def test_without_nncf_it_names_the_extra(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    config = job(small, tmp_path / "labels")
+    with pytest.raises(ConfigError, match=r"nncf, which is not installed .* pip install 'resnet-batch\[cpu,int8\]'"):
+        calibrate(known_spec(config), config, listed(config))
+
+
+def test_without_a_dataset_nothing_can_be_predicted(tmp_path: Path, small: Path):
+    with pytest.raises(ConfigError, match=r"int8 needs a network that is calibrated .* Do the run first"):
+        pipeline.preview(job(small, tmp_path / "labels"), 1)
+    with pytest.raises(ConfigError, match=r"here runtime.engine is eager on cpu"):
+        pipeline.preview(job(small, tmp_path / "labels", engine="eager"), 1)

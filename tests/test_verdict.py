@@ -1,0 +1,46 @@
+"""What is called the bound of a run, for runs whose bound is plain."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pipeline.timing import Spent
+from pipeline.verdict import Usage, judge
+
+CPU = Usage(seconds=100, start_up_s=10, write_s=0, cores=4, actors=1, device="cpu", spent=Spent())
+GPU = replace(CPU, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("usage", "bound"),
+    [
+        (replace(CPU, spent=Spent(10, 5, 60, 30, 99, 350)), "network"),
+        (replace(CPU, spent=Spent(40, 20, 360, 340, 50, 20)), "decode"),
+        (replace(CPU, spent=Spent(300, 10, 60, 60, 50, 40)), "read"),
+        (replace(GPU, spent=Spent(40, 20, 200, 200, 97, 100)), "network"),
+        (replace(GPU, spent=Spent(40, 20, 340, 330, 30, 40)), "decode"),
+        (replace(GPU, spent=Spent(340, 20, 40, 40, 30, 40)), "read"),
+        (replace(GPU, spent=Spent(40, 20, 40, 40, 30, 40), write_s=50), "write"),
+        (replace(CPU, spent=Spent(1, 1, 1, 1, 1, 1), seconds=2), "start-up"),
+        (replace(CPU, spent=Spent(), seconds=0), "start-up"),
+    ],
+)
+def test_the_bound_is_what_was_at_its_limit(usage: Usage, bound: str) -> None:
+    verdict = judge(usage)
+    assert verdict.bound == bound
+    assert str(verdict).startswith(f"{bound} (actors at work ")
+    assert all(0 <= share <= 1 for share in verdict.shares.values())
+
+
+def test_waiting_for_a_core_is_not_waiting_for_the_store() -> None:
+    """Twice as many processes as cores: everything takes twice its CPU time."""
+    crowded = replace(CPU, spent=Spent(read_s=200, read_cpu_s=100, decode_s=560, decode_cpu_s=280))
+    assert judge(crowded).shares["decoders waiting for the store"] == 0
+    assert judge(crowded).bound == "decode"
+
+
+def test_more_cpus_are_advised_only_where_the_gpu_waits() -> None:
+    assert "more CPUs" in judge(replace(GPU, spent=Spent(40, 20, 340, 330, 30, 40))).advice
+    assert "more CPUs" not in judge(replace(GPU, spent=Spent(40, 20, 200, 200, 97, 100))).advice
