@@ -1,150 +1,216 @@
-"""ResNet-18 from tars to Parquet: ours, Ray's documented pattern, and the bare network, on the same cores.
+"""Photographs in shards to labels in Parquet: ours, its peers, and what the cores allow, in turn on the same cores.
 
-    python -m benchmarks.compare PHOTOGRAPHS [--images 1000] [--rounds 3]
+    pip install '.[cpu,bench]'
+    python -m benchmarks.compare PHOTOGRAPHS|TARS [--models resnet18 resnet50] [--images 4000 1000] [--rounds 3]
 
-The arms run in turn in one sitting, several rounds after a warm-up. Rates are steady state: over the second half of
-the images, start-up and what was decoded meanwhile left out on all sides. Ray's pattern is that of its documentation:
-`read_webdataset`, a `map` with Pillow and the weights' preset, `map_batches` with an eager network, `write_parquet`;
-once as it is, and once with its network on all cores, where Ray gives an actor one.
+Every arm is a process of its own (peers/*.py), with the same samples, the same weights file and the same cores. After
+a round that doesn't count, in which memory is measured, the arms run in turn, round after round. *Steady* is the rate
+over the second half of the images, *whole* that from the start of the process to its exit. *Limit* is
+1/(1/D + 1/N): D reading and decoding alone, a process per core; N the fastest network alone, on decoded images.
+Arms must return a row for every sample, and the same top-1 as ours for 99 % of them or more. The weights are made so
+that they tell these photographs apart, else that would mean nothing.
+
+The table and a plot go to `--out` as compare.csv and compare.svg.
 """
 
 from __future__ import annotations
 
-import io
-import json
-import os
-import statistics
+import argparse
+import importlib.util
+import shutil
 import tempfile
-import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from statistics import median
 
-import numpy as np
-import pyarrow.parquet as pq
-import ray
-import torch
-import typer
-from torchvision.models import ResNet18_Weights, resnet18
+from benchmarks.arms import ARMS, Arm, Done, Setting, is_installed, run_arm, run_limit, run_ray_init
+from benchmarks.networks import CORES, write_weights
+from benchmarks.photographs import as_parquet, pack, samples, take_tars
+from benchmarks.summary import Line, Outcome, agreement, as_csv, best, line, ratio, together
 
-import pipeline
-from benchmarks.photographs import pack
-from pipeline.config import make_config
-from pipeline.model.engines import choose_engine, load_engine
-from pipeline.model.spec import make_spec
-from pipeline.model.zoo import resolve
-
-CORES = len(os.sched_getaffinity(0))
-BATCH_SIZE = 32
-PER_SHARD = 250
+AGREEMENT = 0.99
+SEEN = 200  # photographs that the weights are made for
+SMALL = 50  # images in a shard where start-up is measured
 
 
-def ours(folder: Path, weights: Path, output: Path) -> tuple[float, dict[str, int]]:
-    report = pipeline.run(config(folder, weights, output))
-    rows = pipeline.read(str(output), ["key", "class_id"]).to_pylist()
-    return report.images_per_s, {row["key"]: row["class_id"] for row in rows}
-
-
-def config(folder: Path, weights: Path, output: Path) -> dict[str, Any]:
-    return {
-        "input": {"url": f"{folder}/*.tar"},
-        "model": {"name": "resnet18", "weights": str(weights)},
-        "output": {"url": str(output)},
-        "runtime": {"batch_size": BATCH_SIZE},
-    }
-
-
-class Network:
-    """Ray's documented predictor: an eager network in an actor."""
-
-    def __init__(self, weights: str, times: str, threads: int | None) -> None:
-        if threads:
-            torch.set_num_threads(threads)
-        self.network = resnet18()
-        self.network.load_state_dict(torch.load(weights, weights_only=True))
-        self.network.eval()
-        self.times = times
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        with torch.inference_mode():
-            classes = self.network(torch.as_tensor(np.stack(batch["image"]))).argmax(dim=1).numpy()
-        with Path(self.times).open("a") as file:
-            file.write(json.dumps([time.time(), len(classes)]) + "\n")
-        return {"key": batch["key"], "class_id": classes}
-
-
-def preprocess(row: dict[str, Any]) -> dict[str, Any]:
-    from PIL import Image
-
-    image = Image.open(io.BytesIO(row["jpg"])).convert("RGB")
-    return {"key": row["__key__"], "image": ResNet18_Weights.IMAGENET1K_V1.transforms()(image).numpy()}
-
-
-def rays_pattern(folder: Path, weights: Path, output: Path, threads: int | None = None) -> tuple[float, dict[str, int]]:
-    times = output.with_suffix(".times")
-    paths = [str(path) for path in sorted(folder.glob("*.tar"))]
-    samples = ray.data.read_webdataset(paths, decoder=None)
-    images = samples.map(preprocess)
-    predicted = images.map_batches(
-        Network,
-        fn_constructor_args=(str(weights), str(times), threads),
-        batch_size=BATCH_SIZE,
-        compute=ray.data.ActorPoolStrategy(size=1),
-    )
-    predicted.write_parquet(str(output))
-    batches = [json.loads(line) for line in times.read_text().splitlines()]
-    late = batches[len(batches) // 2 :]
-    rate = sum(count for _, count in late[1:]) / (late[-1][0] - late[0][0])
-    rows = pq.read_table(output).to_pylist()
-    return rate, {row["key"]: row["class_id"] for row in rows}
-
-
-def bare_network(folder: Path, weights: Path) -> float:
-    """Images/s of our engine alone on decoded pixels, all cores."""
-    job = make_config(config(folder, weights, folder / "none"))
-    spec = make_spec(job)
-    engine = load_engine(choose_engine("auto", "cpu", "float32"), spec, resolve(spec), "cpu", BATCH_SIZE)
-    pixels = np.random.default_rng(0).integers(0, 255, (BATCH_SIZE, 224, 224, 3), np.uint8)
-    for _ in range(3):
-        engine(pixels)
-    start = time.perf_counter()
-    for _ in range(20):
-        engine(pixels)
-    return 20 * BATCH_SIZE / (time.perf_counter() - start)
-
-
-def main(
-    photographs: Path,
-    images: int = 1000,
-    rounds: Annotated[int, typer.Option(help="After a warm-up that is not counted.")] = 3,
-) -> None:
+def main() -> None:
+    given = arguments()
+    lines: list[Line] = []
     with tempfile.TemporaryDirectory(prefix="compare-") as name:
-        work = Path(name)
-        pack(photographs, work / "shards", images // PER_SHARD, PER_SHARD)
-        weights = work / "resnet18.pth"
-        torch.manual_seed(0)
-        torch.save(resnet18().state_dict(), weights)
-        bare = bare_network(work / "shards", weights)  # before there are other processes
-        ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        figures = [play(work, weights, number) for number in range(rounds + 1)][1:]
-    mine, pattern, all_cores = (statistics.median(column) for column in zip(*figures, strict=True))
-    print(f"ResNet-18, {images} photographs in tars of {PER_SHARD}, {CORES} cores, median of {rounds} rounds, images/s")
-    print(f"ours, end to end:                  {mine:7.1f}")
-    print(f"Ray's documented pattern:          {pattern:7.1f}   ours is {mine / pattern:.2f}×")
-    print(f"the same, its network on all cores:{all_cores:7.1f}   ours is {mine / all_cores:.2f}×")
-    print(f"our network alone, without input:  {bare:7.1f}   ours is {mine / bare:.2f}×")
+        for model, images in zip(given.models, given.images, strict=True):
+            setting = Setting(Path(name) / model, model)
+            keys = prepare(setting, given.source, images, given.per_shard)
+            found = compare(setting, keys, given.arms, given.rounds)
+            lines += found
+            show(found)
+        if "ours" in given.arms:
+            show_start_up(Setting(Path(name) / given.models[0], given.models[0]), given.rounds)
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "compare.csv").write_text(as_csv(lines))
+    if importlib.util.find_spec("matplotlib") is None:
+        print("there is no plot: matplotlib is not installed (pip install '.[bench]')")
+        return
+    from benchmarks.plot import draw
+
+    draw(lines, given.out / "compare.svg", f"photographs to labels on {CORES} cores, median of {given.rounds} rounds")
 
 
-def play(work: Path, weights: Path, number: int) -> tuple[float, float, float]:
-    """One round of all arms, in turn; their rows must agree."""
-    mine, our_rows = ours(work / "shards", weights, work / f"ours-{number}")
-    pattern, their_rows = rays_pattern(work / "shards", weights, work / f"pattern-{number}")
-    all_cores, _ = rays_pattern(work / "shards", weights, work / f"all-cores-{number}", CORES)
-    assert our_rows.keys() == their_rows.keys()
-    same = np.mean([our_rows[key] == their_rows[key] for key in our_rows])
-    assert same > 0.99, f"top-1 agrees on {same:.1%} only"
-    return mine, pattern, all_cores
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="a folder of photographs, or of tars of them")
+    parser.add_argument("--models", nargs="+", default=["resnet18"])
+    parser.add_argument("--images", nargs="+", type=int, default=[4000], help="one number, or one for every model")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--per-shard", type=int, default=250, help="photographs in a tar that is packed here")
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder for compare.csv and compare.svg")
+    given = parser.parse_args()
+    if importlib.util.find_spec("psutil") is None:
+        parser.error("psutil is not installed: pip install '.[bench]'")
+    if len(given.images) == 1:
+        given.images *= len(given.models)
+    if len(given.images) != len(given.models):
+        parser.error("--images takes one number, or one for every model")
+    given.arms = [name for name in ARMS if name in given.arms and is_installed(name)]
+    return given
+
+
+def prepare(setting: Setting, source: Path, images: int, per_shard: int) -> set[str]:
+    """The same samples as tars and as Parquet, and weights for the model; the keys of the samples."""
+    work = setting.work
+    if any(source.glob("*.tar")):
+        tars = take_tars(source, work / "tars", images)
+    else:
+        per_shard = min(per_shard, max(images // 4, 1))
+        tars = pack(source, work / "tars", -(-images // per_shard), per_shard)
+        pack(source, work / "small", 4, SMALL)
+    as_parquet(tars, work / "parquet")
+    listed = [sample for tar in tars for sample in samples(tar)]
+    encoded = list(dict.fromkeys(data for _, data in listed))[:SEEN]
+    write_weights(setting.model, encoded, setting.weights)
+    keys = {key for key, _ in listed}
+    if len(keys) != len(listed):
+        raise SystemExit("the tars hold a key twice, by which the rows of the arms could not be told apart")
+    return keys
+
+
+def compare(setting: Setting, keys: set[str], names: Sequence[str], rounds: int) -> list[Line]:
+    """All arms in turn, a round that doesn't count and `rounds` that do."""
+    lines: list[Line] = []
+    if "ours" in names:
+        first = checked("ours", run_arm(ARMS["ours"], setting), keys, None)
+        lines.append(line((setting.model, "resnet-batch run, the first time", "first time"), [first.outcome], CORES))
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in names}
+    peaks: dict[str, float | None] = {}
+    least: dict[str, float] = {}
+    limits: list[dict[str, float]] = []
+    for number in range(rounds + 1):
+        ours: dict[str, int] | None = None
+        for name in names:
+            done = checked(name, run_arm(ARMS[name], setting, memory=number == 0), keys, ours)
+            ours = done.classes if name == "ours" else ours
+            if ours is not None:
+                least[name] = min(least.get(name, 1.0), agreement(ours, done.classes))
+            if number == 0:
+                peaks[name] = done.peak_mb
+            else:
+                outcomes[name].append(done.outcome)
+            print(f"  {setting.model} {number} {name}: {done.outcome.steady:.1f}, {done.outcome.whole:.1f} images/s")
+        if number:
+            limits.append(run_limit(setting))
+    mine = outcomes.get("ours")
+    for name in names:
+        found = line((setting.model, ARMS[name].title, ARMS[name].kind), outcomes[name], CORES)
+        found = replace(found, peak_mb=peaks[name], agreement=least.get(name))
+        lines.append(found if mine is None else against(found, mine, outcomes[name]))
+    return lines + limit_lines(setting.model, limits, mine)
+
+
+def checked(name: str, done: Done, keys: set[str], ours: dict[str, int] | None) -> Done:
+    """The same, if it has a row for every sample and agrees with ours."""
+    if done.classes.keys() != keys:
+        missing, more = len(keys - done.classes.keys()), len(done.classes.keys() - keys)
+        raise SystemExit(f"{name}: of {len(keys)} samples {missing} have no row, and {more} rows have other keys")
+    if ours is not None and agreement(ours, done.classes) < AGREEMENT:
+        raise SystemExit(f"{name}: top-1 agrees with ours on {agreement(ours, done.classes):.1%} only")
+    return done
+
+
+def against(found: Line, mine: Sequence[Outcome], theirs: Sequence[Outcome]) -> Line:
+    """With how many times as fast ours is."""
+    return replace(
+        found,
+        ours_steady=ratio([o.steady for o in mine], [o.steady for o in theirs]),
+        ours_whole=ratio([o.whole for o in mine], [o.whole for o in theirs]),
+    )
+
+
+def limit_lines(model: str, limits: Sequence[dict[str, float]], mine: Sequence[Outcome] | None) -> list[Line]:
+    decoding = [found["decoding"] for found in limits]
+    network = [max(found["network_in_turn"], found["network_streams"]) for found in limits]
+    both = [together(*pair) for pair in zip(decoding, network, strict=True)]
+    titles = {
+        "reading and decoding alone": decoding,
+        "the network alone, batch after batch": [found["network_in_turn"] for found in limits],
+        "the network alone, a stream per core": [found["network_streams"] for found in limits],
+        "both together: 1/(1/D + 1/N)": both,
+    }
+    return [
+        Line(
+            *(model, title, "limit", 0, len(limits), median(rates), median(rates) / CORES),
+            ours_steady=ratio([outcome.steady for outcome in mine], rates) if mine else None,
+        )
+        for title, rates in titles.items()
+    ]
+
+
+def show(lines: Sequence[Line]) -> None:
+    images = max(line.images for line in lines)
+    print(f"\n{lines[0].model}, {images} photographs, {CORES} cores, median of {lines[-1].rounds} rounds; images/s")
+    print(f"{'':38} steady  a core   whole  peak MB  top-1   ours/…: steady  whole   first batch, part (s)")
+    for found in lines:
+        numbers = [
+            f"{found.steady:7.1f} {found.steady_per_core:7.1f}",
+            cell(found.whole, "8.1f"),
+            cell(found.peak_mb, "8,.0f"),
+            cell(found.agreement, "7.1%"),
+            cell(found.ours_steady, "15.2f"),
+            cell(found.ours_whole, "6.2f"),
+            cell(found.first_batch, "9.1f"),
+            cell(found.first_part, "8.1f"),
+        ]
+        print(f"{found.arm:38}{' '.join(numbers)}")
+    for kind in ("as it comes", "our network"):
+        for what in ("steady", "whole"):
+            found = best(lines, kind, what)
+            if found is not None and found.ours_steady is not None:
+                factor = getattr(found, f"ours_{what}")
+                print(f"the best peer {'as it comes' if kind == 'as it comes' else 'with our network'}, {what}:"
+                      f" {found.arm}; ours is {factor:.2f}×")  # fmt: skip
+
+
+def cell(value: float | None, form: str) -> str:
+    width = int(form.split(".", maxsplit=1)[0].rstrip(","))
+    return " " * width if value is None else f"{value:{form}}"
+
+
+def show_start_up(setting: Setting, rounds: int) -> None:
+    """When the first part of a job of small shards is committed, in the time that Ray itself takes to start."""
+    small: Arm = ARMS["ours"]
+    tars = "small" if (setting.work / "small").is_dir() else "tars"
+    init, first, cached = [], [], []
+    for _ in range(rounds):
+        shutil.rmtree(setting.cache, ignore_errors=True)
+        init.append(run_ray_init(setting))
+        first.append(run_arm(small, setting, tars=tars).outcome.first_part or 0.0)
+        cached.append(run_arm(small, setting, tars=tars).outcome.first_part or 0.0)
+    shards = f"shards of {SMALL}" if tars == "small" else "these shards"
+    print(f"\n{setting.model}, {shards}, seconds from the start of the process, median of {rounds} rounds")
+    print(f"ray.init alone                              {median(init):5.1f}")
+    for what, seconds in (("the first time", first), ("the converted network cached", cached)):
+        print(f"first part, {what:30}  {median(seconds):5.1f}   {ratio(seconds, init):.2f} × ray.init")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

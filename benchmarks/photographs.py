@@ -1,13 +1,21 @@
-"""Tars of photographs for the benchmarks, packed once and kept."""
+"""Tars of photographs for the benchmarks, packed once and kept; and the same samples as Parquet."""
 
 from __future__ import annotations
 
 from itertools import cycle, islice
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config import Input
 from pipeline.examples.tars import write_tar
+from pipeline.inputs.readers import read
+from pipeline.inputs.shards import discover
+from pipeline.storage import Store
 
 IMAGES = (".jpg", ".jpeg", ".png")
+ROWS = 100  # in a row group
 
 
 def pack(photographs: Path, folder: Path, shards: int, per_shard: int) -> list[Path]:
@@ -26,3 +34,33 @@ def pack(photographs: Path, folder: Path, shards: int, per_shard: int) -> list[P
         paths.append(folder / f"photographs-{shard:03}.tar")
         write_tar(paths[-1], members)
     return paths
+
+
+def take_tars(source: Path, folder: Path, images: int) -> list[Path]:
+    """Links in `folder` to the first tars of `source`, as many as hold `images` samples or more."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    count = 0
+    for path in sorted(source.glob("*.tar")):
+        if count >= images:
+            break
+        paths.append(folder / path.name)
+        paths[-1].symlink_to(path.resolve())
+        count += len(samples(path))
+    return paths
+
+
+def samples(tar: Path) -> list[tuple[str, bytes]]:
+    """Key and bytes of every image of a tar."""
+    config = Input(url=str(tar))
+    (shard,) = discover(config, Store())
+    return [(str(sample.key), sample.data) for sample in read(shard, config, Store()) if sample.reject is None]
+
+
+def as_parquet(tars: list[Path], folder: Path) -> None:
+    """One Parquet file per tar with the columns `key` and `bytes`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for tar in tars:
+        keys, data = zip(*samples(tar), strict=True)
+        table = pa.table({"key": pa.array(keys, pa.string()), "bytes": pa.array(data, pa.binary())})
+        pq.write_table(table, folder / f"{tar.stem}.parquet", row_group_size=ROWS, compression="none")
