@@ -109,6 +109,7 @@ class Guard:
                 self._notes.spend(self._watch.take())
                 return
             yield block
+            del block  # else it lives until the next one is made
             number += 1
 
     def check(self, stage: Stage, shard: int, index: int) -> None:

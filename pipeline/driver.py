@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 import ray
-from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
+from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError, RayError
 
 from pipeline.budget import ErrorBudget
 from pipeline.cluster import Cluster
@@ -36,6 +36,7 @@ MAX_COMMITS = 16  # under way at once; more pieces than that wait in the object 
 STOP_GRACE_S = 20.0
 PUMP_GRACE_S = 5.0
 ASK_S = 10.0
+FETCH_S = 120.0
 
 Execute = Callable[[], tuple[Iterator[Any], Callable[[], None]]]  # see flow.execute
 
@@ -78,9 +79,20 @@ class Committer(Witness):
                 last_path=task.last_path,
             ),
             self._context,
-            fetch=ray.get,
+            fetch=_fetch,
             source_fingerprint=lambda: current_fingerprint(task.shard, self._source),
         )
+
+
+def _fetch(piece: Any) -> pa.Table:
+    """A piece from Ray's object store. Raises TransientError after a while: in some 20,000 commits Ray was once seen to
+    wait for ever for a piece that stood. Then the shard stays open, and the next run does it."""
+    try:
+        return ray.get(piece, timeout=FETCH_S)
+    except GetTimeoutError as cause:
+        raise TransientError(
+            f"Ray did not hand out a finished piece of it within {FETCH_S:.0f} s. Run again."
+        ) from cause
 
 
 class Run:

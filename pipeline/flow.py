@@ -69,7 +69,7 @@ class Job:
 
     @property
     def rows_per_block(self) -> int:
-        """Images in a block: full batches of some 16 MB in all."""
+        """Images in a block: full batches of some 40 MB in all."""
         side = self.info.transform.crop or self.info.transform.resize or 224
         rows = min(max(BLOCK_BYTES // (3 * side * side), MIN_BLOCK_ROWS), MAX_BLOCK_ROWS)
         return max(rows // self.settings.batch_size, 1) * self.settings.batch_size

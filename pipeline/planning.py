@@ -67,7 +67,7 @@ class Plan:
     """The tasks of this run, and what was found besides."""
 
     tasks: list[Task]
-    done: list[Shard] = field(default_factory=list)  # committed with the present fingerprint
+    done: list[str] = field(default_factory=list)  # URLs of what is committed with the present fingerprint
     changed: list[str] = field(default_factory=list)  # URLs among the tasks that stand with another fingerprint
     retried: list[str] = field(default_factory=list)  # URLs among the tasks that are done, but for their error rows
     gone: list[str] = field(default_factory=list)  # ids that stand in the dataset and are not in the input
@@ -94,11 +94,20 @@ def make_plan(config: JobConfig, retry_errors: Iterable[str] | str = ()) -> Plan
     Raises ConfigError for an empty listing and an unknown class, and what the store answers where it cannot be listed.
     """
     classes = choose_classes(retry_errors)
-    shards = discover(config.input, Store(config.input_storage))
     dataset = Dataset(config.output.url, Store(config.output_storage))
     standing = dataset.standing()
+    left_out: dict[str, str] = {}
+
+    def is_worth_a_look(shard: Shard) -> bool:
+        found = standing.get(shard.id)
+        if found is None or found.fingerprint != shard.fingerprint or (classes and found.errors is not None):
+            return True
+        left_out[shard.id] = shard.url
+        return False
+
+    shards = discover(config.input, Store(config.input_storage), is_worth_a_look)
     redo = _with_errors(shards, standing, dataset, classes) if classes else ()
-    return compare(shards, standing, _vanished_groups(shards, standing, dataset), redo)
+    return compare(shards, standing, _vanished_groups(shards, standing, left_out, dataset), redo, left_out)
 
 
 def _with_errors(
@@ -114,13 +123,15 @@ def _with_errors(
         return {name for name, theirs in zip(candidates, found, strict=True) if not theirs.isdisjoint(classes)}
 
 
-def _vanished_groups(shards: list[Shard], standing: Mapping[str, Standing], dataset: Dataset) -> list[Vanished]:
+def _vanished_groups(
+    shards: list[Shard], standing: Mapping[str, Standing], left_out: Collection[str], dataset: Dataset
+) -> list[Vanished]:
     """The groups in the dataset that the listing has no more; only asked for where there are groups."""
     roots = {shard.root for shard in shards if shard.kind == "files"}
     if not roots:
         return []
-    listed = {shard.id for shard in shards}
-    found = dataset.footers_of({name: stands for name, stands in standing.items() if name not in listed})
+    gone = _gone(shards, standing, left_out)
+    found = dataset.footers_of({name: standing[name] for name in gone})
     return [group for name, footers in found.items() for group in vanished_groups(name, footers, roots)]
 
 
@@ -137,13 +148,16 @@ def compare(
     standing: Mapping[str, Standing],
     vanished: Iterable[Vanished] = (),
     redo: Collection[str] = (),
+    left_out: Mapping[str, str] | None = None,
 ) -> Plan:
-    """The plan, as a pure function. `redo` are ids of shards to do again though they are done."""
+    """The plan, as a pure function. `redo` are ids of shards to do again though they are done; `left_out` are further
+    shards that are listed and done, id to URL: of these there may be millions."""
+    left_out = left_out or {}
     listed = list(shards)
     standing_urls = sorted(shard.url for shard in listed if shard.kind == "files" and shard.id in standing)
     old = _ByRoot(vanished)
     todo: list[Task] = []
-    done: list[Shard] = []
+    done: list[str] = []
     for shard in listed:
         retires = old.among(shard) if shard.kind == "files" else ()
         mark = standing[shard.id].valid_mark if shard.id in standing else None
@@ -151,18 +165,26 @@ def compare(
         replaces = mark.commit if mark is not None and is_done and shard.id in redo else None
         # A group may be done and a vanished one reach among its files: a rival that planned before us wrote it later.
         if is_done and not retires and replaces is None:
-            done.append(shard)
+            done.append(shard.url)
         else:
             todo.append(Task(shard, None, retires, replaces))
     # What is only redone has its files already: nobody needs to wait for it.
-    places = {task.shard.url: place for place, task in enumerate(todo) if task.replaces is None}
+    places = {
+        task.shard.url: place for place, task in enumerate(todo) if task.shard.kind == "files" and task.replaces is None
+    }
     return Plan(
         tasks=[replace(task, after=places.get(_before(task.shard, standing_urls))) for task in todo],
-        done=done,
+        done=sorted([*done, *left_out.values()]),
         changed=[task.shard.url for task in todo if task.shard.id in standing and task.replaces is None],
         retried=[task.shard.url for task in todo if task.replaces is not None],
-        gone=sorted(standing.keys() - {shard.id for shard in listed}),
+        gone=_gone(listed, standing, left_out),
     )
+
+
+def _gone(listed: Iterable[Shard], standing: Iterable[str], left_out: Collection[str]) -> list[str]:
+    """The ids of what stands and is not in the input."""
+    names = {shard.id for shard in listed}
+    return sorted(name for name in standing if name not in names and name not in left_out)
 
 
 def _fingerprint(standing: Mapping[str, Standing], shard_id: str) -> str | None:

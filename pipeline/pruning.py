@@ -52,7 +52,7 @@ def prune_dataset(config: JobConfig, yes: bool) -> Pruned:
     """See `pipeline.api.prune`."""
     _, dataset = model_and_dataset(config)
     plan = make_plan(config)
-    listed = {shard.url for shard in (*plan.done, *(task.shard for task in plan.tasks))}
+    listed = {*plan.done, *(task.shard.url for task in plan.tasks)}
     regrouped = {name for task in plan.tasks for name in task.retires}
     now = dataset.standing() if plan.gone else {}
     standing = {name: now[name] for name in plan.gone if name in now}

@@ -255,7 +255,7 @@ class _S3File(AbstractBufferedFile):  # type: ignore[misc]
 
 
 def _take_contents(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
-    """Parse the files of a listing and leave botocore the rest: it takes 41 ms for 1,000 files, this takes 5.
+    """Parse the files of a listing and leave botocore the rest: a page of 1,000 takes 25 ms of CPU instead of 65.
 
     A hook of botocore's: what is put into the second dictionary replaces what it finds itself.
     """

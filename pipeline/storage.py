@@ -14,7 +14,7 @@ import io
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -82,10 +82,18 @@ class Store:
 
         A bucket that does not exist is a ConfigError.
         """
-        return self._files(_folder(url), "")
+        return _sorted(self.each_below(url))
 
     def glob(self, pattern: str) -> list[FileInfo]:
         """The files that a pattern with `*`, `?`, `[…]` or `**` matches, sorted by URL."""
+        return _sorted(self.each_match(pattern))
+
+    def each_below(self, url: str) -> Iterator[FileInfo]:
+        """What `find` finds, in the order in which it is listed: of a million files no more is held than a page."""
+        return self._files(_folder(url), "")
+
+    def each_match(self, pattern: str) -> Iterator[FileInfo]:
+        """What `glob` finds, in the order in which it is listed."""
         pattern = canonical(pattern)
         base = split_pattern(pattern)[0]
         if "://" not in base:
@@ -98,12 +106,12 @@ class Store:
             raise ConfigError(f"{pattern}: {cause}.") from cause
         depth = None if "**" in rest else rest.count("/") + 1
         found = self._files("file:///" if base == "file://" else base, prefix, depth)
-        return [info for info in found if matches(info.url)]
+        return (info for info in found if matches(info.url))
 
     def starting_with(self, prefix: str) -> list[FileInfo]:
         """The files directly in a folder whose name begins with the last part of `prefix`."""
         folder, _, name = canonical(prefix).rpartition("/")
-        return self._files(folder, name, depth=1)
+        return _sorted(self._files(folder, name, depth=1))
 
     def info(self, url: str) -> FileInfo:
         """Size and version by one HEAD; NotFound if the file does not exist."""
@@ -169,15 +177,14 @@ class Store:
         if is_local(url):
             sweep(local_path(url))
 
-    def _files(self, folder: str, prefix: str, depth: int | None = None) -> list[FileInfo]:
+    def _files(self, folder: str, prefix: str, depth: int | None = None) -> Iterator[FileInfo]:
         """Page by page, each with a deadline of its own, since a listing of a million keys takes minutes."""
-        found: list[FileInfo] = []
         token = None
         while True:
             page, token = self._page(folder, prefix, depth, token)
-            found += page
+            yield from page
             if token is None:
-                return sorted(found, key=lambda info: info.url)
+                return
 
     def _page(self, folder: str, prefix: str, depth: int | None, token: str | None) -> Page:
         return self._retry(lambda: self._at(folder).page(folder, prefix, depth, token), "list", folder)
@@ -227,6 +234,10 @@ class Store:
             if is_local(url):
                 raise  # the rename came to nothing, so nothing was written
             raise OutcomeUnknown(f"{cause} The file may have been written all the same.") from cause
+
+
+def _sorted(files: Iterator[FileInfo]) -> list[FileInfo]:
+    return sorted(files, key=lambda info: info.url)
 
 
 def _folder(url: str) -> str:

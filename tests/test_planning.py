@@ -52,7 +52,7 @@ def test_new_changed_done_and_gone():
     }
     plan = compare([new, changed, done, unfinished], standing)
     assert plan.tasks == [Task(new), Task(changed), Task(unfinished)]
-    assert plan.done == [done]
+    assert plan.done == [done.url]
     assert plan.changed == [changed.url, unfinished.url]
     assert plan.gone == ["gone"]
     assert plan.num_bytes == 27
@@ -70,7 +70,7 @@ def test_what_is_done_is_redone_for_its_error_rows():
     mark = standing[done.id].valid_mark
     assert mark is not None
     assert plan.tasks == [Task(done, replaces=mark.commit), Task(new), Task(changed)]
-    assert (plan.retried, plan.changed, plan.done) == ([done.url], [changed.url], [other])
+    assert (plan.retried, plan.changed, plan.done) == ([done.url], [changed.url], [other.url])
 
 
 def test_nothing_at_all():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.backends import FileInfo
 from pipeline.inputs.shards import Shard, group_files, relative
+from pipeline.outputs.dataset import marks_by_shard
 from pipeline.outputs.ledger import (
     Abandon,
     Check,
@@ -26,7 +27,7 @@ from pipeline.outputs.ledger import (
     Put,
     Receipt,
     Standing,
-    by_shard,
+    Standings,
     commit_steps,
 )
 from pipeline.outputs.schema import Footer
@@ -70,10 +71,10 @@ class World:
     writes: int = 0
     is_watched: bool = True
 
-    def standing(self) -> dict[str, Standing]:
+    def standing(self) -> Standings:
         marks = [mark for name in self.marks if (mark := Mark.parse(name))]
         versions = ({name: held.version for name, held in one.items()} for one in (self.data, self.errors))
-        return by_shard(marks, *versions)
+        return Standings(marks_by_shard(marks), *versions)
 
     def plan(self, group_size: int) -> Plan:
         listed, standing = listing(self.files, group_size), self.standing()

@@ -295,6 +295,23 @@ class Scratch(LocalFileSystem):  # type: ignore[misc]
         return path.removeprefix("scratch://").rstrip("/")
 
 
+def test_a_listing_says_what_botocore_reads_in_it(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are parsed by a hook of ours, which takes less than half of the time."""
+    s3.become(monkeypatch, s3.owner)
+    client = s3.client(s3.owner)
+    for key in ("odd/a b+ü%20&<.tar", "odd/deep/x.tar", "odd/y"):
+        client.put_object(Bucket="raw", Key=key, Body=key.encode())
+    theirs = client.list_objects_v2(Bucket="raw", Prefix="odd/")["Contents"]
+    ours = Store(Storage(endpoint_url=s3.endpoint_url)).find("s3://raw/odd")
+    found = [(info.url.removeprefix("s3://raw/"), info.size, info.version) for info in ours]
+    assert found == sorted((entry["Key"], entry["Size"], entry["ETag"].strip('"')) for entry in theirs)
+    assert len(found) == 3
+    for body in (b"<ListBucketResult><Contents>", b""):
+        answer, parsed = {"status_code": 200, "body": body}, dict[str, Any]()
+        remote._take_contents(answer, parsed)
+        assert (answer["body"], parsed) == (body, {}), "botocore says what is wrong with it"
+
+
 def test_other_stores_are_for_reading(tmp_path: Path) -> None:
     fsspec.register_implementation("scratch", Scratch, clobber=True)
     for name in ("raw/a.tar", "raw/b.tar", "raw/deep/c.tar", "raw2/d.tar"):

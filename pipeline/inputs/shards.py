@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -61,20 +62,29 @@ def shard_id(url: str) -> str:
     return f"{name}-{hashlib.sha256(url.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
 
 
-def discover(config: Input, store: Store) -> list[Shard]:
+Keep = Callable[[Shard], bool]
+
+
+def discover(config: Input, store: Store, keep: Keep | None = None) -> list[Shard]:
     """All shards that the input's URLs list now, each once, sorted by id: the order of URLs and listings is nothing.
+
+    `keep` is asked of every shard that is no group, one at a time, and those that it refuses are left out: a plan
+    over millions has room for those to do, but not for all.
 
     Raises ConfigError for a URL under which there is nothing to read (unless `allow_empty`), for a file that is
     named and cannot be told how to read, for a shard whose URL no dataset can hold, and for two whose ids collide.
     """
-    by_id: dict[str, Shard] = {}
-    for shard in _discover(config, store):
-        if not is_printable(shard.url):
-            raise ConfigError(f"input.url: {printable(shard.url)} has a name that is not UTF-8. Rename it.")
-        other = by_id.setdefault(shard.id, shard)
-        if other is not shard:
-            raise ConfigError(f"input.url: {shard.url} and {other.url} have the same id {shard.id}. Rename one.")
-    return [by_id[name] for name in sorted(by_id)]
+    found = _Found(config, keep)
+    urls = list(dict.fromkeys(_expand_lists(config.urls, store)))
+    with ThreadPoolExecutor(LISTINGS_AT_ONCE) as pool:
+        empty = [said for said in pool.map(lambda url: found.take(_listing(url, store)), urls) if said]
+    if not config.allow_empty and (empty or not urls):
+        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        raise ConfigError(
+            f"input.url: there is nothing to read under {', '.join(empty[:5] or config.urls)}{more}. Check the"
+            " spelling, the bucket and input.format, or set input.allow_empty=true if that is fine."
+        )
+    return found.shards()
 
 
 def printable(text: str) -> str:
@@ -96,35 +106,60 @@ def current_fingerprint(shard: Shard, store: Store) -> str:
         raise SourceChanged(f"{shard.url} has gone since it was listed: {gone}") from gone
 
 
-def _discover(config: Input, store: Store) -> Iterator[Shard]:
-    packed: dict[str, Shard] = {}
-    loose: dict[str, tuple[str, FileInfo]] = {}
-    empty: list[str] = []
-    for listing in _listings(config, store):
-        found = [(kind, file) for file in listing.files if (kind := _kind(listing, file, config.format))]
-        if len(found) < len(listing.files):
-            log.info("%d files of %d are input: %s", len(found), len(listing.files), redact(listing.url))
-        if not found:
-            empty.append(f"{redact(listing.url)} ({len(listing.files) or 'no'} files)")
-        for kind, file in found:
+class _Found:
+    """What listings bring, from several threads at once."""
+
+    def __init__(self, config: Input, keep: Keep | None) -> None:
+        self._config, self._keep = config, keep
+        self._kept: list[Shard] = []
+        self._urls: dict[str, str] = {}  # of all shards, by id
+        self._loose: dict[str, tuple[str, FileInfo]] = {}
+        self._lock = threading.Lock()
+
+    def take(self, listing: _Listing) -> str:
+        """Take what is input. Returns what was listed where there is none, else nothing."""
+        listed = found = 0
+        for file in listing.files:
+            listed += 1
+            kind = _kind(listing, file, self._config.format)
+            if kind is None:
+                continue
+            found += 1
             if kind == "files":
-                # Where roots lie in each other, the outermost names the file: an inner one changes nothing then.
-                root = min(listing.root, loose.get(file.url, (listing.root,))[0], key=len)
-                loose[file.url] = root, file
+                self._add_loose(listing.root, file)
             else:
-                packed[file.url] = Shard(file.url, shard_id(file.url), kind, file.fingerprint, file.size, file.version)
-    if not config.allow_empty and (empty or not (packed or loose)):
-        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
-        raise ConfigError(
-            f"input.url: there is nothing to read under {', '.join(empty[:5] or config.urls)}{more}. Check the"
-            " spelling, the bucket and input.format, or set input.allow_empty=true if that is fine."
-        )
-    yield from packed.values()
-    roots: dict[str, list[FileInfo]] = {}
-    for root, file in loose.values():
-        roots.setdefault(root, []).append(file)
-    for root, files in roots.items():
-        yield from group_files(root, files, config.group_size)
+                self._add(Shard(file.url, shard_id(file.url), kind, file.fingerprint, file.size, file.version))
+        if found < listed:
+            log.info("%d files of %d are input: %s", found, listed, redact(listing.url))
+        return "" if found else f"{redact(listing.url)} ({listed or 'no'} files)"
+
+    def shards(self) -> list[Shard]:
+        """All that were kept, groups of loose files among them, sorted by id."""
+        roots: dict[str, list[FileInfo]] = {}
+        for root, file in self._loose.values():
+            roots.setdefault(root, []).append(file)
+        for root, files in roots.items():
+            for group in group_files(root, files, self._config.group_size):
+                self._add(group)
+        return sorted(self._kept, key=lambda shard: shard.id)
+
+    def _add_loose(self, root: str, file: FileInfo) -> None:
+        with self._lock:
+            # Where roots lie in each other, the outermost names the file: an inner one changes nothing then.
+            other = self._loose.get(file.url, (root,))[0]
+            self._loose[file.url] = min(root, other, key=len), file
+
+    def _add(self, shard: Shard) -> None:
+        if not is_printable(shard.url):
+            raise ConfigError(f"input.url: {printable(shard.url)} has a name that is not UTF-8. Rename it.")
+        with self._lock:
+            known = self._urls.get(shard.id)
+            if known is None:
+                self._urls[shard.id] = shard.url
+                if shard.kind == "files" or self._keep is None or self._keep(shard):
+                    self._kept.append(shard)
+            elif known != shard.url or shard.kind == "files":  # a file may be listed twice, a group is made once
+                raise ConfigError(f"input.url: {shard.url} and {known} have the same id {shard.id}. Rename one.")
 
 
 # --- Listings ------------------------------------------------------------------------------------------------------
@@ -137,13 +172,7 @@ class _Listing:
     url: str
     how: Literal["file", "pattern", "folder"]
     root: str  # loose files are named relative to it; it has no slash at its end
-    files: list[FileInfo]
-
-
-def _listings(config: Input, store: Store) -> list[_Listing]:
-    urls = list(dict.fromkeys(_expand_lists(config.urls, store)))
-    with ThreadPoolExecutor(LISTINGS_AT_ONCE) as pool:
-        return list(pool.map(lambda url: _listing(url, store), urls))
+    files: Iterable[FileInfo]
 
 
 def _expand_lists(urls: Iterable[str], store: Store) -> Iterator[str]:
@@ -184,12 +213,12 @@ def _lines(url: str, store: Store) -> list[str]:
 
 def _listing(url: str, store: Store) -> _Listing:
     if split_pattern(url)[1]:
-        return _Listing(url, "pattern", _folder(split_pattern(canonical(url))[0]), store.glob(url))
+        return _Listing(url, "pattern", _folder(split_pattern(canonical(url))[0]), store.each_match(url))
     if not url.endswith("/"):
         with suppress(NotFound):
             file = store.info(url)
             return _Listing(url, "file", file.url.rpartition("/")[0], [file])
-    return _Listing(url, "folder", _folder(canonical(url)), store.find(url))
+    return _Listing(url, "folder", _folder(canonical(url)), store.each_below(url))
 
 
 def _folder(url: str) -> str:

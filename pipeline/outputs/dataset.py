@@ -21,7 +21,7 @@ from pipeline.outputs.ledger import (
     Mark,
     Owner,
     Standing,
-    by_shard,
+    Standings,
     claim_steps,
     run_steps,
 )
@@ -49,11 +49,12 @@ class Dataset:
     def path(self, *names: str) -> str:
         return join(self.url, *names)
 
-    def standing(self) -> dict[str, Standing]:
+    def standing(self) -> Standings:
         """What stands, by shard id: three listings and nothing opened."""
         with ThreadPoolExecutor(3) as pool:
-            ledger, data, errors = pool.map(self.names_and_versions, ("_ledger", "data", "errors"))
-        return by_shard(_marks(ledger), _parts(data), _parts(errors))
+            marks = pool.submit(lambda: marks_by_shard(_marks(name for name, _ in self.listed("_ledger"))))
+            parts, errors = pool.map(lambda folder: dict(_parts(self.listed(folder))), ("data", "errors"))
+            return Standings(marks.result(), parts, errors)
 
     def standing_of(self, shard_id: str) -> Standing:
         """What stands for one shard."""
@@ -141,11 +142,11 @@ class Dataset:
     def owner(self) -> str | None:
         """The fingerprint of the model that what stands is of, from any mark or part; None where nothing stands."""
         is_empty = True
-        for mark in _marks(self.names_and_versions("_ledger")):
+        for mark in _marks(name for name, _ in self.listed("_ledger")):
             is_empty = False
             with suppress(NotFound, *NOT_OURS):
                 return str(self.read_mark(mark)["model_fingerprint"])
-        for name in _parts(self.names_and_versions("data")):
+        for name, _ in _parts(self.listed("data")):
             is_empty = False
             with suppress(NotFound, *NOT_OURS):
                 return self.read_footer("data", name).model_fingerprint
@@ -197,9 +198,16 @@ class Dataset:
                 return self.store.delete(self.path(IDENTITY))
 
     def names_and_versions(self, folder: str) -> dict[str, str]:
-        """Of the files directly in a folder; whatever lies deeper is not ours."""
+        """Of the files directly in a folder."""
+        return dict(self.listed(folder))
+
+    def listed(self, folder: str) -> Iterator[tuple[str, str]]:
+        """Names and versions of the files directly in a folder as they are listed; whatever lies deeper is not ours."""
         url = canonical(self.path(folder))
-        return {_name(f.url): f.version for f in self.store.find(url) if f.url.rpartition("/")[0] == url}
+        for file in self.store.each_below(url):
+            above, _, name = file.url.rpartition("/")
+            if above == url:
+                yield name, file.version
 
     def _version(self, url: str) -> str | None:
         try:
@@ -252,12 +260,23 @@ def _name(url: str) -> str:
     return url.rpartition("/")[2]
 
 
-def _marks(names: Iterable[str]) -> list[Mark]:
-    return [mark for name in names if (mark := Mark.parse(name)) is not None]
+def _marks(names: Iterable[str]) -> Iterator[Mark]:
+    return (mark for name in names if (mark := Mark.parse(name)) is not None)
 
 
-def _parts(names: dict[str, str]) -> dict[str, str]:
-    return {name.removesuffix(PARQUET): version for name, version in names.items() if name.endswith(PARQUET)}
+def marks_by_shard(marks: Iterable[Mark]) -> dict[str, str]:
+    """Shard id to `<fingerprint>.<commit>`, several joined by `/`."""
+    found: dict[str, str] = {}
+    for mark in marks:
+        text = f"{mark.fingerprint}.{mark.commit}"
+        others = found.get(mark.shard_id)
+        found[mark.shard_id] = text if others is None else f"{others}/{text}"
+    return found
+
+
+def _parts(files: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Shard ids and versions."""
+    return ((name.removesuffix(PARQUET), version) for name, version in files if name.endswith(PARQUET))
 
 
 def dataset_card(identity: Identity) -> str:
@@ -289,7 +308,7 @@ def read_table(dataset: Dataset, folder: str, columns: Sequence[str] | None = No
     identity = dataset.identity()
     if identity is None:
         raise NotFound(f"there is no dataset at {dataset.url}. Check the URL, or run a job first.")
-    names = sorted(_parts(dataset.names_and_versions(folder)))
+    names = sorted(name for name, _ in _parts(dataset.listed(folder)))
     with ThreadPoolExecutor(8) as pool:
         tables = list(pool.map(lambda name: _read_part(dataset, folder, name, columns), names))
     found = [table for table in tables if table is not None]

@@ -19,7 +19,7 @@ Whatever else is found is done again: same rows, same names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -67,7 +67,8 @@ class Standing:
     @property
     def fingerprint(self) -> str | None:
         """The fingerprint of the source that this shard is committed for."""
-        return self.valid_mark.fingerprint if self.valid_mark else None
+        mark = self.valid_mark
+        return mark.fingerprint if mark else None
 
 
 def commit_hash(part: str, errors: str | None) -> str:
@@ -75,15 +76,29 @@ def commit_hash(part: str, errors: str | None) -> str:
     return digest([part, errors])
 
 
-def by_shard(marks: Iterable[Mark], parts: Mapping[str, str], errors: Mapping[str, str]) -> dict[str, Standing]:
-    """What stands, shard by shard, from the listings of marks, parts and errors parts (shard id to version)."""
-    marks_of: dict[str, list[Mark]] = {}
-    for mark in marks:
-        marks_of.setdefault(mark.shard_id, []).append(mark)
-    return {
-        name: Standing(tuple(marks_of.get(name, ())), parts.get(name), errors.get(name))
-        for name in marks_of.keys() | parts.keys() | errors.keys()
-    }
+class Standings(Mapping[str, Standing]):
+    """What stands, by shard id. There may be millions: three dictionaries of strings, and a Standing when it is asked
+    for."""
+
+    def __init__(self, marks: Mapping[str, str], parts: Mapping[str, str], errors: Mapping[str, str]) -> None:
+        """`marks`: see `dataset.marks_by_shard`; `parts`, `errors`: shard id to version."""
+        self._marks, self._parts, self._errors = marks, parts, errors
+
+    def __getitem__(self, shard_id: str) -> Standing:
+        found = self._marks.get(shard_id, "")
+        marks = tuple(Mark(shard_id, *mark.split(".")) for mark in found.split("/")) if found else ()
+        standing = Standing(marks, self._parts.get(shard_id), self._errors.get(shard_id))
+        if standing == Standing():
+            raise KeyError(shard_id)
+        return standing
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._parts
+        yield from (name for name in self._marks if name not in self._parts)
+        yield from (name for name in self._errors if name not in self._parts and name not in self._marks)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 # --- The commit, step by step ---------------------------------------------------------------------------------------

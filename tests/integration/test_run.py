@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image
 
 import pipeline
+from pipeline import driver
 from pipeline.deaths import NoNotes
-from pipeline.errors import ConfigError, ExitCode, ModelMismatch
+from pipeline.errors import ConfigError, ExitCode, ModelMismatch, TransientError
 from pipeline.examples.digits import encode_png, load_digits_images
 from pipeline.examples.tars import write_tar
 from tests.support.datasets import commit_all
@@ -258,7 +261,7 @@ def test_a_run_says_what_bounded_it_and_scores_what_was_predicted(first: Path, t
     assert estimate is not None
     assert (estimate.shards, estimate.num_bytes) == (4, before.num_bytes)
     assert estimate.images == pytest.approx(200, rel=0.1)
-    assert estimate.cost == pytest.approx(estimate.seconds, rel=0.01)
+    assert estimate.cost == pytest.approx(estimate.seconds, abs=0.06)
     assert not list((tmp_path / "labels").glob("data/*")), "nothing is committed"
     report = pipeline.run(config)
     assert report.exit_code == ExitCode.COMPLETE
@@ -268,3 +271,11 @@ def test_a_run_says_what_bounded_it_and_scores_what_was_predicted(first: Path, t
     spent = report.usage["spent"]
     assert 0 < spent["decode_cpu_s"] <= spent["decode_s"] * 1.1
     assert pipeline.verify(str(tmp_path / "labels")).ok
+
+
+def test_a_piece_that_never_comes_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(driver, "FETCH_S", 0.2)
+    slow = ray.remote(num_cpus=0)(lambda: time.sleep(3)).remote()
+    with pytest.raises(TransientError, match="did not hand out a finished piece"):
+        driver._fetch(slow)
+    assert driver._fetch(ray.put("piece")) == "piece"

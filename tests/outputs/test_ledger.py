@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.outputs.dataset import marks_by_shard
 from pipeline.outputs.ledger import (
     Abandon,
     Commit,
@@ -21,7 +22,7 @@ from pipeline.outputs.ledger import (
     Progress,
     Receipt,
     Standing,
-    by_shard,
+    Standings,
     commit_hash,
 )
 
@@ -58,7 +59,10 @@ def test_a_mark_is_believed_only_alone_and_with_the_versions_it_vouches_for():
 
 def test_what_stands_is_sorted_by_shard():
     a, b = Mark("a.tar", "f", "c"), Mark("b", "f", "c")
-    found = by_shard([a, b, Mark("a.tar", "g", "c")], {"a.tar": "1", "c": "2"}, {"d": "3"})
+    marks = marks_by_shard([a, b, Mark("a.tar", "g", "c")])
+    found = Standings(marks, {"a.tar": "1", "c": "2"}, {"d": "3"})
+    assert len(found) == 4
+    assert found.get("e") is None
     assert found == {
         "a.tar": Standing((a, Mark("a.tar", "g", "c")), "1"),
         "b": Standing((b,)),
