@@ -48,8 +48,9 @@ def judge(usage: Usage) -> Verdict:
     decoding = (spent.read_cpu_s + spent.decode_cpu_s) / cpu
     shares = {
         "actors at work": min(spent.predict_s / (usage.actors * seconds), 1.0),
-        "cores at the network": spent.predict_cpu_s / cpu,
-        "cores at reading and decoding": decoding,
+        # What was done before the first results came is in `spent`, and its time is not in `seconds`.
+        "cores at the network": min(spent.predict_cpu_s / cpu, 1.0),
+        "cores at reading and decoding": min(decoding, 1.0),
         "decoders waiting for the store": min(_waiting_s(spent) / cpu, 1.0),
         "held up by writing": min(usage.write_s / seconds, 1.0),
     }
