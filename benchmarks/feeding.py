@@ -25,6 +25,7 @@ import ray
 import typer
 
 import pipeline
+from benchmarks.measuring import pss_mb
 from benchmarks.photographs import pack
 from pipeline.cluster import on_loopback
 from pipeline.config import Input, Transform
@@ -92,7 +93,7 @@ class Profile(threading.Thread):
                     times = process.cpu_times()
                     found[process.pid] = (name, times.user + times.system)
                     if name.startswith(DECODER):
-                        self.decoder_mb = max(self.decoder_mb, private_mb(process.pid))
+                        self.decoder_mb = max(self.decoder_mb, pss_mb(process.pid, with_shared=False))
             self.samples.append((time.perf_counter(), found))
 
     def cores(self) -> Counter[str]:
@@ -109,15 +110,6 @@ def _kind(process: psutil.Process) -> str:
         return "driver"
     words = process.cmdline() or [process.name()]
     return words[0].rsplit("/")[-1].split("(")[0].split(".")[0] if words[0].startswith("ray::") else "Ray's own"
-
-
-def private_mb(pid: int) -> float:
-    """PSS without shared memory, in MB."""
-    with suppress(OSError):
-        rows = [row.split() for row in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()]
-        sizes = {row[0]: int(row[1]) for row in rows if row[0].startswith("Pss")}
-        return (sizes["Pss:"] - sizes.get("Pss_Shmem:", 0)) / 1024
-    return 0.0
 
 
 def main(

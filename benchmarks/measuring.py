@@ -61,7 +61,7 @@ class _Tree(threading.Thread):
                     self._seen.setdefault(process.pid, process)
             alive = [process for process in self._seen.values() if _is_alive(process)]
             if self._memory:
-                self.peak_mb = max(self.peak_mb or 0, sum(map(_pss_mb, alive)))
+                self.peak_mb = max(self.peak_mb or 0, sum(pss_mb(process.pid) for process in alive))
             if not _is_alive(self._root):
                 deadline = deadline or time.monotonic() + GRACE_S
                 if not alive:
@@ -81,9 +81,12 @@ def _is_alive(process: psutil.Process) -> bool:
     return False
 
 
-def _pss_mb(process: psutil.Process) -> float:
+def pss_mb(pid: int, with_shared: bool = True) -> float:
+    """The memory of a process, shared pages divided among their holders; without shared memory, which is that of
+    Ray's object store, if asked for. 0 where it has just ended."""
     try:
-        rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-    except OSError:  # it has just ended
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
         return 0.0
-    return sum(int(row.split()[1]) for row in rollup.splitlines() if row.startswith("Pss:")) / 1024
+    kb = {row[0]: int(row[1]) for row in map(str.split, rollup.splitlines()) if row[0].startswith("Pss")}
+    return (kb.get("Pss:", 0) - (0 if with_shared else kb.get("Pss_Shmem:", 0))) / 1024

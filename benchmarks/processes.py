@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 
 import psutil
+
+from benchmarks.measuring import pss_mb
 
 EVERY_S = 0.5
 RAY = "Ray's servers"
@@ -76,19 +77,13 @@ class Tree:
             self._kinds[process.pid] = kind
         times = process.cpu_times()
         self._cpu[process.pid] = times.user + times.system
-        held[kind] = max(held.get(kind, 0), _private_mb(process.pid))
+        held[kind] = max(held.get(kind, 0), pss_mb(process.pid, with_shared=False))
 
 
 def _kind(title: str) -> str:
     if "ray::" not in title or "IDLE" in title:
         return RAY
     return next((kind for text, kind in KINDS.items() if text in title), "worker")
-
-
-def _private_mb(pid: int) -> float:
-    """PSS without shared memory, which is the object store's."""
-    rows = dict(row.split(":", 1) for row in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
-    return (int(rows["Pss"].split()[0]) - int(rows["Pss_Shmem"].split()[0])) / 1024
 
 
 def _peaks(samples: list[Sample]) -> dict[str, float]:
