@@ -159,7 +159,7 @@ def _describe() -> Cluster:
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     workers = [r for r in alive if r.get("CPU") or r.get("GPU")]  # a head with CPU 0 does no work
     return Cluster(
-        num_nodes=len(workers),
+        num_nodes=max(1, len(workers)),  # one that scales up from none has none yet
         num_cpus=max(1, int(sum(r.get("CPU", 0) for r in workers))),
         num_gpus=int(sum(r.get("GPU", 0) for r in workers)),
     )
