@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from pipeline.config import Storage
 from pipeline.errors import FatalError, WeightsError
 from pipeline.model.cache import cache_directory, fetch, new_file, new_folder
+from pipeline.model.torch_engine import _compiler_cache
 from tests.model.helpers import output_of, python
 
 DATA = bytes(range(256)) * 4000
@@ -105,3 +107,19 @@ def test_a_cache_that_cannot_be_written_says_what_to_set(tmp_path: Path, monkeyp
     monkeypatch.setenv("RESNET_BATCH_CACHE", str(tmp_path / "file"))
     with pytest.raises(FatalError, match=r"cannot write to the cache directory .*Set RESNET_BATCH_CACHE"):
         cache_directory("weights")
+
+
+def test_what_a_killed_compiler_left_is_thrown_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RESNET_BATCH_CACHE", str(tmp_path))
+    half, whole = tmp_path / "inductor" / "key" / "half.so", tmp_path / "inductor" / "key" / "whole.so"
+    killed = _compiler_cache("key")
+    killed.__enter__()
+    half.touch()
+    killed.__exit__(SystemExit, SystemExit(), None)
+    assert half.exists()
+    with _compiler_cache("key"):
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(half.parent)
+        assert not half.exists()
+        whole.touch()
+    with _compiler_cache("key"):
+        assert whole.exists()

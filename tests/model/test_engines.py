@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import signal
 import sys
 import time
@@ -22,7 +21,7 @@ from pipeline.errors import ConfigError
 from pipeline.model.engines import Engine, choose_engine, load_engine
 from pipeline.model.predictor import PredictorSettings, ResNetPredictor
 from pipeline.model.spec import ModelInfo, make_spec
-from pipeline.model.torch_engine import TorchEngine, _compiler_cache, compile_options
+from pipeline.model.torch_engine import TorchEngine, compile_options
 from pipeline.model.zoo import build, resolve
 from pipeline.rows import Columns
 from tests.model.helpers import (
@@ -379,22 +378,6 @@ def test_a_missing_gpu_is_an_error():
     spec = make_spec(make_job(name="resnet18", weights="random"))
     with pytest.raises(ConfigError, match=r"there is no CUDA device here"):
         load_engine("eager", spec, resolve(spec), "cuda", 4)
-
-
-def test_what_a_killed_compiler_left_is_thrown_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("RESNET_BATCH_CACHE", str(tmp_path))
-    half, whole = tmp_path / "inductor" / "key" / "half.so", tmp_path / "inductor" / "key" / "whole.so"
-    killed = _compiler_cache("key")
-    killed.__enter__()
-    half.touch()
-    killed.__exit__(SystemExit, SystemExit(), None)
-    assert half.exists()
-    with _compiler_cache("key"):
-        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(half.parent)
-        assert not half.exists()
-        whole.touch()
-    with _compiler_cache("key"):
-        assert whole.exists()
 
 
 def test_a_node_without_compiler_says_so(arguments):
