@@ -5,6 +5,7 @@ It handles receipts and references only, never pixels or vectors. `Run.loop` is 
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -21,7 +22,7 @@ from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError
 from pipeline.budget import ErrorBudget
 from pipeline.cluster import Cluster
 from pipeline.config import JobConfig
-from pipeline.errors import ModelMismatch, PipelineError, Stopped, StoreFull, TransientError
+from pipeline.errors import ModelMismatch, PipelineError, Stopped, StoreFull, TransientError, clean
 from pipeline.inputs.shards import current_fingerprint
 from pipeline.outputs.commit import CommitContext, CommitTask, Committed, commit_shard, describe
 from pipeline.outputs.ledger import Abandon, Commit, Decision, Progress, Receipt
@@ -32,6 +33,9 @@ from pipeline.timing import Spent
 from pipeline.verdict import Usage
 from pipeline.witness import Casualties, RayNotes, Witness
 
+log = logging.getLogger(__name__)
+
+MAX_COMMITTERS = 16
 MAX_COMMITS = 16  # under way at once; more pieces than that wait in the object store
 STOP_GRACE_S = 20.0
 PUMP_GRACE_S = 5.0
@@ -95,6 +99,10 @@ def _fetch(piece: Any) -> pa.Table:
         ) from cause
 
 
+def num_committers(cluster: Cluster) -> int:
+    return min(cluster.num_nodes, MAX_COMMITTERS)
+
+
 class Run:
     """One run of the flow over the tasks of a plan."""
 
@@ -109,14 +117,14 @@ class Run:
         strategy = {"scheduling_strategy": "SPREAD", "max_concurrency": 2 * MAX_COMMITS}
         self._committers = [
             Committer.options(**strategy).remote(source, context)  # type: ignore[attr-defined]
-            for _ in range(min(cluster.num_nodes, 16))
+            for _ in range(num_committers(cluster))
         ]
         self.notes = RayNotes(self._committers[0])
         self._pending: dict[Any, Callable[[Any], None]] = {}  # what is under way, and what its answer is for
         self._commits, self._max_commits = 0, MAX_COMMITS * len(self._committers)
         self._turn = 0
-        self._began = self._first_rows_at = time.monotonic()
-        self._num_rows = 0
+        self._began = time.monotonic()
+        self._first_rows_at: float | None = None
         self._write_s = 0.0  # in which nothing could go on but commits
         self._bundles: queue.Queue[Any] = queue.Queue(maxsize=64)
         self._stopping = threading.Event()
@@ -147,14 +155,17 @@ class Run:
             self._stop(pump)
             self._watcher.on_unfinished([self._tasks[number] for number in self._progress.unsettled()])
 
-    def usage(self, cluster: Cluster, actors: int, device: str) -> Usage:
-        """What the time since the run began went into, as far as the committer can tell in time."""
-        spent = Spent()
-        with suppress(RayError):
-            spent = ray.get(self._committers[0].spent.remote(), timeout=ASK_S)
+    def usage(self, cluster: Cluster, actors: int, device: str) -> Usage | None:
+        """What the time since the run began went into; None where the committer can't tell, which is no failure."""
+        try:
+            spent: Spent = ray.get(self._committers[0].spent.remote(), timeout=ASK_S)
+        except RayError as cause:
+            log.warning("what bounded this run is not known: %s", clean(cause))
+            return None
+        first_rows_at = self._first_rows_at or time.monotonic()
         return Usage(
-            seconds=time.monotonic() - self._first_rows_at,
-            start_up_s=self._first_rows_at - self._began,
+            seconds=time.monotonic() - first_rows_at,
+            start_up_s=first_rows_at - self._began,
             write_s=self._write_s,
             cores=cluster.num_cpus,
             actors=actors,
@@ -222,9 +233,7 @@ class Run:
     def _on_receipts(self, refs: list[Any], answer: Any) -> None:
         for receipt in ray.get(answer):
             if self._progress.is_news(receipt):
-                if self._num_rows == 0:
-                    self._first_rows_at = time.monotonic()
-                self._num_rows += len(receipt.indices)
+                self._first_rows_at = self._first_rows_at or time.monotonic()
                 self._watcher.on_rows(len(receipt.indices), receipt.errors)
                 excess = self._budget.spend(len(receipt.indices), receipt.errors)
                 if excess and not self._stopping.is_set():

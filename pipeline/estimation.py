@@ -12,7 +12,6 @@ from typing import Any
 from pipeline.verdict import Bound
 
 RAY_CPU_S = 0.2e-3  # of a core per image: what Ray, the driver and the committer take (docs/performance.md)
-COMMITS_AT_ONCE = 16
 FORMAT = 1
 PREDICTION = ("_runs", "estimate.json")  # within the dataset
 
@@ -36,6 +35,7 @@ class Measured:
     actors: int
     nodes: int
     cores: int  # of all nodes
+    commits_at_once: int
     model_fingerprint: str
 
 
@@ -86,7 +86,7 @@ def stage_rates(measured: Measured, images_per_shard: float) -> dict[str, float]
         "read": measured.cores / (measured.read_wait_s + cpu_s),
         "decode": measured.cores / cpu_s,
         "network": devices / measured.network_s,
-        "write": COMMITS_AT_ONCE * measured.nodes * images_per_shard / measured.put_s,
+        "write": measured.commits_at_once * images_per_shard / measured.put_s,
     }
 
 

@@ -111,7 +111,8 @@ def _run(plan: Plan, config: JobConfig, spec: ModelSpec, dataset: Dataset, clust
         try:
             driving.loop(partial(flow.execute, flow.pieces(plan.tasks, job, cluster, driving.notes)))
             usage = driving.usage(cluster, job.num_actors, settings.device)
-            report.usage, report.verdict = asdict(usage), str(judge(usage))
+            if usage is not None:
+                report.usage, report.verdict = asdict(usage), str(judge(usage))
         except KeyboardInterrupt:
             report.message = "stopped on request"
         except TransientError as reason:

@@ -18,6 +18,7 @@ from pipeline.calibration import spread
 from pipeline.cluster import Cluster, connected
 from pipeline.config import JobConfig
 from pipeline.deaths import Guard, NoNotes
+from pipeline.driver import MAX_COMMITS, num_committers
 from pipeline.errors import FatalError
 from pipeline.estimation import FORMAT, PREDICTION, Estimate, Measured, estimate
 from pipeline.flow import PREDICT_CPUS, Job, decode_cpus, prepare
@@ -77,11 +78,10 @@ def measure(config: JobConfig, spec: ModelSpec, dataset: Dataset, plan: Plan) ->
         network_s, row_bytes, load_s = _predict([found.block for found in decoded], job)
         put_s = _put_seconds(dataset, row_bytes * _images_per_shard(shards, decoded))
         spent = sum((found.spent for found in decoded), Spent())
-        busy = spent.decode_s / spent.decode_cpu_s if spent.decode_cpu_s else 1.0
         return Measured(
             images=images,
             bytes_per_image=sum(found.num_bytes for found in decoded) / read,
-            read_wait_s=max(spent.read_s - spent.read_cpu_s * busy, 0.0) / read,
+            read_wait_s=spent.read_wait_s / read,
             read_cpu_s=spent.read_cpu_s / read,
             decode_cpu_s=spent.decode_cpu_s / images,
             network_s=network_s,
@@ -94,6 +94,7 @@ def measure(config: JobConfig, spec: ModelSpec, dataset: Dataset, plan: Plan) ->
             actors=job.num_actors,
             nodes=cluster.num_nodes,
             cores=cluster.num_cpus,
+            commits_at_once=MAX_COMMITS * num_committers(cluster),
             model_fingerprint=job.spec.fingerprint,
         )
 

@@ -28,6 +28,13 @@ class Spent:
     def __add__(self, other: Spent) -> Spent:
         return Spent(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
+    @property
+    def read_wait_s(self) -> float:
+        """Seconds that reading waited for the store. Where there is more to do than cores, everything waits for a core:
+        that is left out, by the measure of decoding, which waits for nothing else."""
+        for_a_core = self.decode_s / self.decode_cpu_s if self.decode_cpu_s else 1.0
+        return max(self.read_s - self.read_cpu_s * for_a_core, 0.0)
+
 
 class Stopwatch:
     """Time by stage, of a thread that does one stage after the other."""

@@ -7,10 +7,11 @@ from typing import Literal
 
 from pipeline.timing import Spent
 
-Bound = Literal["network", "decode", "read", "write", "start-up"]
+Bound = Literal["network", "decode", "read", "write", "start-up", "overhead"]
 
 MIN_SECONDS = 5.0  # of steady work; below that, starting up is what the time went into
-BUSY = 0.8  # of a device's time, or of the cores'
+BUSY = 0.8  # of a device's time
+IDLE = 0.5  # of the cores' time: with less work than that they bounded nothing
 WAITING = 0.4  # of the decoders' time, spent on a store's answers
 HELD_UP = 0.2  # of the time, in which commits kept everything else waiting
 
@@ -45,13 +46,12 @@ def judge(usage: Usage) -> Verdict:
     """The first thing that was at its limit, looked at from the output to the input."""
     spent, seconds = usage.spent, max(usage.seconds, 1e-3)
     cpu = usage.cores * seconds
-    decoding = (spent.read_cpu_s + spent.decode_cpu_s) / cpu
     shares = {
         "actors at work": min(spent.predict_s / (usage.actors * seconds), 1.0),
         # What was done before the first results came is in `spent`, and its time is not in `seconds`.
         "cores at the network": min(spent.predict_cpu_s / cpu, 1.0),
-        "cores at reading and decoding": min(decoding, 1.0),
-        "decoders waiting for the store": min(_waiting_s(spent) / cpu, 1.0),
+        "cores at reading and decoding": min((spent.read_cpu_s + spent.decode_cpu_s) / cpu, 1.0),
+        "decoders waiting for the store": min(spent.read_wait_s / cpu, 1.0),
         "held up by writing": min(usage.write_s / seconds, 1.0),
     }
     bound = _bound(shares, usage)
@@ -66,19 +66,13 @@ def _bound(shares: dict[str, float], usage: Usage) -> Bound:
     on_cpu = usage.device == "cpu"
     if not on_cpu and shares["actors at work"] >= BUSY:
         return "network"
-    at_network = shares["cores at the network"] if on_cpu else 0.0
     if shares["decoders waiting for the store"] >= WAITING:
         return "read"
-    if on_cpu and at_network >= shares["cores at reading and decoding"]:
-        return "network"
-    return "decode"
-
-
-def _waiting_s(spent: Spent) -> float:
-    """Seconds that reading waited for the store. Where there is more to do than cores, everything waits for a core:
-    that is left out, by the measure of decoding, which waits for nothing else."""
-    for_a_core = spent.decode_s / spent.decode_cpu_s if spent.decode_cpu_s else 1.0
-    return max(spent.read_s - spent.read_cpu_s * for_a_core, 0.0)
+    at_network = shares["cores at the network"] if on_cpu else 0.0
+    at_decoding = shares["cores at reading and decoding"]
+    if at_network + at_decoding < IDLE:
+        return "overhead"
+    return "network" if at_network >= at_decoding else "decode"
 
 
 def _advice(bound: Bound, device: str) -> str:
@@ -92,6 +86,7 @@ ADVICE: dict[Bound, str] = {
     "decode": "To go faster: more cores, or images stored closer to the size that the network takes.",
     "read": "The store answers slowly: more CPUs read more shards at once; so do larger shards and a nearer bucket.",
     "write": "Commits are slow: larger shards make fewer of them; so does a faster store for the output.",
+    "overhead": "Nothing was at its limit: handing blocks on took the time. Larger shards make it less.",
     "start-up": "There was little to do: most of the time went into starting processes.",
 }
 ON_GPUS: dict[Bound, str] = {

@@ -26,6 +26,7 @@ MEASURED = Measured(
     actors=1,
     nodes=1,
     cores=2,
+    commits_at_once=16,
     model_fingerprint="f" * 16,
 )
 GPU = replace(MEASURED, device="cuda", engine="eager", network_s=0.5e-3, start_up_s=1)

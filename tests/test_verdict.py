@@ -23,6 +23,8 @@ GPU = replace(CPU, device="cuda")
         (replace(GPU, spent=Spent(40, 20, 340, 330, 30, 40)), "decode"),
         (replace(GPU, spent=Spent(340, 20, 40, 40, 30, 40)), "read"),
         (replace(GPU, spent=Spent(40, 20, 40, 40, 30, 40), write_s=50), "write"),
+        (replace(CPU, spent=Spent(40, 20, 60, 50, 90, 80)), "overhead"),
+        (replace(GPU, spent=Spent(40, 20, 100, 100, 50, 90)), "overhead"),
         (replace(CPU, spent=Spent(1, 1, 1, 1, 1, 1), seconds=2), "start-up"),
         (replace(CPU, spent=Spent(), seconds=0), "start-up"),
     ],
