@@ -27,7 +27,7 @@ class Worker:
         told = notes.begin(work)
         (folder / f"{os.getpid()}").touch()
         if len(list(folder.iterdir())) <= deaths:
-            os.kill(os.getpid(), signal.SIGSEGV)
+            signal.raise_signal(signal.SIGSEGV)
         return told
 
 
