@@ -34,6 +34,7 @@ class Cluster:
     num_nodes: int
     num_cpus: int
     num_gpus: int
+    is_here: bool = False  # its one node is that of this process
 
 
 def is_ray_job() -> bool:
@@ -156,13 +157,22 @@ def on_loopback() -> Iterator[None]:
 def _describe() -> Cluster:
     import ray
 
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    workers = [r for r in alive if r.get("CPU") or r.get("GPU")]  # a head with CPU 0 does no work
+    alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    workers = [r for r in alive.values() if r.get("CPU") or r.get("GPU")]  # a head with CPU 0 does no work
     return Cluster(
         num_nodes=max(1, len(workers)),  # one that scales up from none has none yet
         num_cpus=max(1, int(sum(r.get("CPU", 0) for r in workers))),
         num_gpus=int(sum(r.get("GPU", 0) for r in workers)),
+        is_here=list(alive) == [_this_node()],
     )
+
+
+def _this_node() -> str | None:
+    """The id of the node that this process runs on; None for one that is connected from outside (ray://)."""
+    import ray
+    from ray.util.client import ray as client
+
+    return None if client.is_connected() else ray.get_runtime_context().get_node_id()
 
 
 def _refuse_local_paths(config: JobConfig) -> None:

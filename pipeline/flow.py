@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import ray
@@ -29,8 +29,8 @@ from pipeline.model.engines import choose_engine
 from pipeline.model.predictor import PredictorSettings, ResNetPredictor
 from pipeline.model.results import CALLS
 from pipeline.model.spec import ModelInfo, ModelSpec
-from pipeline.model.tuning import choose_batch_size
-from pipeline.model.zoo import resolve
+from pipeline.model.tuning import choose_batch_size, remembered_batch_size
+from pipeline.model.zoo import remembered, resolve
 from pipeline.planning import Task
 from pipeline.rows import Columns, Row
 from pipeline.storage import Store
@@ -88,30 +88,50 @@ def prepare(config: JobConfig, spec: ModelSpec, cluster: Cluster, shards: Sequen
     Raises what keeps the model from being built, before anything is read.
     """
     num_gpus = 1 if cluster.num_gpus and config.runtime.device != "cpu" else 0
-    settle = ray.remote(num_cpus=PREDICT_CPUS, num_gpus=num_gpus)(_settle)
-    try:
-        answer = settle.remote(spec, config, num_gpus > 0, spread(shards) if spec.needs_calibration else [])
-        spec, info, device, engine, batch_size = wait_for(answer)
-    except ray.exceptions.RayError as cause:
-        raise readable(cause) from cause
+    settled = _remembered(spec, config) if cluster.is_here and not num_gpus else None
+    if settled is None:
+        settle = ray.remote(num_cpus=PREDICT_CPUS, num_gpus=num_gpus)(_settle)
+        try:
+            settled = wait_for(
+                settle.remote(spec, config, num_gpus > 0, spread(shards) if spec.needs_calibration else [])
+            )
+        except ray.exceptions.RayError as cause:
+            raise readable(cause) from cause
     output, runtime = config.output, config.runtime
     actors = runtime.actors if runtime.actors != "auto" else (cluster.num_gpus if num_gpus else cluster.num_nodes)
-    columns = Columns(output.predictions, output.embeddings, output.embedding_dtype, info.embedding_dim)
-    return Job(
-        config, spec, info, PredictorSettings(engine, device, batch_size, output.top_k, columns), actors, num_gpus
-    )
+    columns = Columns(output.predictions, output.embeddings, output.embedding_dtype, settled.info.embedding_dim)
+    settings = PredictorSettings(settled.engine, settled.device, settled.batch_size, output.top_k, columns)
+    return Job(config, settled.spec, settled.info, settings, actors, num_gpus)
 
 
-def _settle(
-    spec: ModelSpec, config: JobConfig, on_gpu: bool, shards: Sequence[Shard]
-) -> tuple[ModelSpec, ModelInfo, str, str, int]:
+class _Settled(NamedTuple):
+    spec: ModelSpec
+    info: ModelInfo
+    device: str
+    engine: str
+    batch_size: int
+
+
+def _settle(spec: ModelSpec, config: JobConfig, on_gpu: bool, shards: Sequence[Shard]) -> _Settled:
     device = "cpu" if spec.is_noop else _device(config.runtime.device, on_gpu)
     engine, info = choose_engine(config.runtime.engine, device, spec.precision), resolve(spec)
     if spec.needs_calibration:
         spec = calibrate(spec, config, shards)
     wanted = config.runtime.batch_size
     batch_size = wanted if wanted != "auto" else choose_batch_size(spec, info, engine, device)
-    return spec, info, device, engine, batch_size
+    return _Settled(spec, info, device, engine, batch_size)
+
+
+def _remembered(spec: ModelSpec, config: JobConfig) -> _Settled | None:
+    """What `_settle` finds without a GPU, where this node's cache holds all of it. So it needs no torch, and no worker,
+    which takes a second or two to come up."""
+    device = "cpu" if spec.is_noop else _device(config.runtime.device, on_gpu=False)
+    engine, info = choose_engine(config.runtime.engine, device, spec.precision), remembered(spec)
+    if info is None or spec.needs_calibration:
+        return None
+    wanted = config.runtime.batch_size
+    batch_size = wanted if wanted != "auto" else remembered_batch_size(spec, info, engine, device)
+    return None if batch_size is None else _Settled(spec, info, device, engine, batch_size)
 
 
 def _device(requested: str, on_gpu: bool) -> str:
@@ -183,7 +203,7 @@ class _Source(Datasource):
     def __init__(self, tasks: Sequence[Task], job: Job, cluster: Cluster, notes: Notes) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._job, self._notes = job, notes
-        self.chunks = _chunks(tasks, 4 * cluster.num_cpus)
+        self.chunks = _chunks(tasks, cluster.num_cpus)
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -242,14 +262,15 @@ def _decoded(rows: Iterator[Row], job: Job, guard: Guard) -> Iterator[pa.Table]:
     return guard.watch(pixel_blocks(rows, job.info.transform, job.config.input, job.rows_per_block, guard))
 
 
-def _chunks(tasks: Sequence[Task], at_least: int) -> list[list[tuple[int, Task]]]:
-    """The numbered tasks in consecutive runs: enough of them for every core, none larger than need be."""
+def _chunks(tasks: Sequence[Task], cores: int) -> list[list[tuple[int, Task]]]:
+    """The numbered tasks in consecutive runs: enough of them for every core, none larger than need be. The first ones
+    are of one shard each, so that the first rows come soon."""
     total = sum(task.shard.size for task in tasks)
-    limit = min(READ_TASK_BYTES, total / at_least)
+    limit = min(READ_TASK_BYTES, total / (4 * cores))
     chunks: list[list[tuple[int, Task]]] = []
-    size = limit + 1.0
+    size = 0.0
     for number, task in enumerate(tasks):
-        if size + task.shard.size > limit:
+        if number <= cores or size + task.shard.size > limit:
             chunks.append([])
             size = 0
         chunks[-1].append((number, task))

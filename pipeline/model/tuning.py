@@ -7,6 +7,7 @@ import logging
 import platform
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -28,23 +29,35 @@ MEMORY = 0.5  # of the device's; the rest is for what else lives there, and for 
 def choose_batch_size(spec: ModelSpec, info: ModelInfo, engine: str, device: str) -> int:
     """The smallest batch that is about as fast as any, in images. What this node found before, it does not measure
     again; a network that can change unseen is measured in every run."""
-    if spec.is_noop or engine == "noop" or info.input_size is None:
-        return UNMEASURED[device]
-    key = cache_key(spec, "torch", "openvino") if engine == "openvino" else cache_key(spec, "torch")
-    if key is None:
-        return knee(dict(_curve(spec, info, engine, device)), device)
-    path = cache_directory("batch-sizes") / f"{digest([key, engine, _hardware(device)], 32)}.json"
-    if not path.exists():
-        curve = dict(_curve(spec, info, engine, device))
-        found = {
-            "batch_size": knee(curve, device),
-            "images_per_s": {size: round(rate, 1) for size, rate in curve.items()},
-        }
+    known = remembered_batch_size(spec, info, engine, device)
+    if known is not None:
+        return known
+    curve = dict(_curve(spec, info, engine, device))
+    found = {"batch_size": knee(curve, device), "images_per_s": {size: round(rate, 1) for size, rate in curve.items()}}
+    log.info("runtime.batch_size: %s", found)
+    path = _path(spec, engine, device)
+    if path is not None:
         with new_file(path) as temporary:
             temporary.write_text(json.dumps(found))
-        log.info("runtime.batch_size: %s", found)
+    return knee(curve, device)
+
+
+def remembered_batch_size(spec: ModelSpec, info: ModelInfo, engine: str, device: str) -> int | None:
+    """What `choose_batch_size` returns where it need not measure; None where it must."""
+    if spec.is_noop or engine == "noop" or info.input_size is None:
+        return UNMEASURED[device]
+    path = _path(spec, engine, device)
+    if path is None or not path.is_file():
+        return None
     batch_size: int = json.loads(path.read_text())["batch_size"]
     return batch_size
+
+
+def _path(spec: ModelSpec, engine: str, device: str) -> Path | None:
+    key = cache_key(spec, "torch", "openvino") if engine == "openvino" else cache_key(spec, "torch")
+    if key is None:
+        return None
+    return cache_directory("batch-sizes") / f"{digest([key, engine, _hardware(device)], 32)}.json"
 
 
 def knee(curve: Mapping[int, float], device: str) -> int:

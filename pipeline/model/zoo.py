@@ -76,21 +76,34 @@ def resolve(spec: ModelSpec) -> ModelInfo:
 
     Raises ConfigError if there is not one class name for every class; else as `build`.
     """
-    if spec.is_noop:
-        return noop_info(spec)
-    key = cache_key(spec, "torch", "torchvision")
-    remembered = cache_directory("info") / f"{key}.json" if key else None
-    if remembered is not None and remembered.is_file():
-        info = _from_json(remembered.read_text())
-        _check_num_classes(spec, info.num_classes)
-        return info
+    known = remembered(spec)
+    if known is not None:
+        return known
     head, classes = build(spec).head, spec.classes or _imagenet_names(spec)
     check_count(classes, head.num_classes)
     info = ModelInfo(head.num_classes, classes, spec.transform, head.embedding_dim)
-    if remembered is not None:
-        with new_file(remembered) as path:
-            path.write_text(json.dumps(asdict(info) | {"transform": info.transform.model_dump()}))
+    path = _info_path(spec)
+    if path is not None:
+        with new_file(path) as temporary:
+            temporary.write_text(json.dumps(asdict(info) | {"transform": info.transform.model_dump()}))
     return info
+
+
+def remembered(spec: ModelSpec) -> ModelInfo | None:
+    """What `resolve` returns, if this node has found it before; None if the network must be built for it."""
+    if spec.is_noop:
+        return noop_info(spec)
+    path = _info_path(spec)
+    if path is None or not path.is_file():
+        return None
+    info = _from_json(path.read_text())
+    _check_num_classes(spec, info.num_classes)
+    return info
+
+
+def _info_path(spec: ModelSpec) -> Path | None:
+    key = cache_key(spec, "torch", "torchvision")
+    return cache_directory("info") / f"{key}.json" if key else None
 
 
 def cache_key(spec: ModelSpec, *packages: str) -> str | None:
