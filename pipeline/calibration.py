@@ -7,6 +7,7 @@ two calibrations never mix.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config import JobConfig, digest
+from pipeline.deaths import Guard, NoNotes, Notes
 from pipeline.errors import FatalError, NotFound, StoreUnavailable
 from pipeline.inputs.shards import Shard
 from pipeline.inputs.stream import pixel_blocks, read_rows
@@ -22,7 +24,7 @@ from pipeline.model.cache import fetch
 from pipeline.model.openvino_engine import packed
 from pipeline.model.quantised import Image, agreement, quantise
 from pipeline.model.spec import CALIBRATION, ModelSpec, Quantised, make_spec
-from pipeline.outputs.dataset import Dataset
+from pipeline.outputs.dataset import Dataset, Identity
 from pipeline.rows import Kind, Row
 from pipeline.storage import Store
 
@@ -48,6 +50,23 @@ def with_network(spec: ModelSpec, dataset: Dataset) -> ModelSpec:
         return spec
     sha256 = _claimed(spec, dataset) or _standing(spec, dataset)
     return spec if sha256 is None else _calibrated(spec, dataset, sha256)
+
+
+def network_problem(dataset: Dataset, identity: Identity) -> str | None:
+    """What is wrong with the int8 network that the dataset was made with; None where all is well, or there is none."""
+    model = dict(identity["model"])
+    named = model.pop(CALIBRATION, None)
+    if named is None:
+        return None
+    url = dataset.path("_model", f"{digest(model)}.zip")
+    advice = "It stays readable, but can only grow once the file is restored."
+    try:
+        found = hashlib.sha256(dataset.store.read(url)).hexdigest()
+    except NotFound:
+        return f"the int8 network that it was made with is missing: {url}. {advice}"
+    if f"sha256:{found}" != named:
+        return f"{url} is not the int8 network that it was made with: its sha256 is {found}, not {named}. {advice}"
+    return None
 
 
 def _calibrated(spec: ModelSpec, dataset: Dataset, sha256: str) -> ModelSpec:
@@ -82,14 +101,15 @@ def spread(shards: Sequence[Shard]) -> list[Shard]:
     return [shards[int(number * step)] for number in range(min(len(shards), NUM_SHARDS))]
 
 
-def calibrate(spec: ModelSpec, config: JobConfig, shards: Sequence[Shard]) -> ModelSpec:
+def calibrate(spec: ModelSpec, config: JobConfig, shards: Sequence[Shard], notes: Notes | None = None) -> ModelSpec:
     """Make the network of a dataset that has none, of the first images of these shards, unless a rival is faster.
+    With `notes`, an image that kills its process is left out once it has done so several times.
 
     Needs torch and NNCF. Raises FatalError if no image can be decoded, StoreUnavailable if none can be
     read, and what `quantise` raises.
     """
     dataset = Dataset(config.output.url, Store(config.output_storage))
-    images = _images(shards, spec, config)
+    images = _images(shards, spec, config, notes or NoNotes())
     if not images:
         raise FatalError(
             f"model.precision: int8 is calibrated on the job's images, but not one of the first of {len(shards)} shards"
@@ -114,7 +134,7 @@ def _report(share: float) -> None:
         )
 
 
-def _images(shards: Sequence[Shard], spec: ModelSpec, config: JobConfig) -> list[Image]:
+def _images(shards: Sequence[Shard], spec: ModelSpec, config: JobConfig, notes: Notes) -> list[Image]:
     """About NUM_IMAGES, the first of each shard."""
     store = Store(config.input_storage)
     each = -(-NUM_IMAGES // len(shards))
@@ -122,8 +142,9 @@ def _images(shards: Sequence[Shard], spec: ModelSpec, config: JobConfig) -> list
     reasons: list[str] = []
     num_bytes = 0
     for number, shard in enumerate(shards):
-        rows = _noting(read_rows(number, shard, config.input, store), reasons)
-        blocks = pixel_blocks(rows, spec.transform, config.input, each)
+        guard = Guard(notes, f"calibrate on {number}")
+        rows = _noting(read_rows(number, shard, config.input, store, guard), reasons)
+        blocks = guard.watch(pixel_blocks(rows, spec.transform, config.input, each, guard))
         for image in islice((image for block in blocks for image in _pixels(block)), each):
             images.append(image)
             num_bytes += image.nbytes

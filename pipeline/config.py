@@ -31,7 +31,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
-Decode = Literal["fast", "reference"]
+Decode = Literal["fast", "reference", "nvjpeg"]
 Precision = Literal["float32", "bfloat16", "float16", "int8"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -64,7 +64,8 @@ class Transform(Section):
 
     `resize` is the length of the short side and `crop` the side of the central square, both in pixels; `None`
     leaves the step out. `mean` and `std` are per RGB channel on the 0..1 scale. `decode: reference` reads and
-    resizes exactly as Pillow and the torchvision preset do; `fast` is within one level of it (docs/numerics.md).
+    resizes exactly as Pillow and the torchvision preset do; `fast` is within one level of it (docs/numerics.md);
+    `nvjpeg` has a GPU do it to JPEGs.
     """
 
     resize: PositiveInt | None = 256

@@ -31,10 +31,11 @@ from pipeline.model.results import CALLS
 from pipeline.model.spec import ModelInfo, ModelSpec
 from pipeline.model.tuning import choose_batch_size, remembered_batch_size
 from pipeline.model.zoo import remembered, resolve
+from pipeline.nvjpeg import DeviceDecoder, device_decoder
 from pipeline.planning import Task
 from pipeline.rows import Columns, Row
 from pipeline.storage import Store
-from pipeline.witness import wait_for
+from pipeline.witness import RayNotes, Witness, wait_for
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ READ_CPUS = 0.02
 BLOCK_BYTES = 40 * 2**20
 MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 128, 1024
 READ_TASK_BYTES = 64 * 2**20
+CALIBRATION_RETRIES = 20  # five find one image that kills
 
 
 def decode_cpus(cluster: Cluster) -> float:
@@ -75,6 +77,10 @@ class Job:
         return max(rows // self.settings.batch_size, 1) * self.settings.batch_size
 
     @property
+    def decoder(self) -> DeviceDecoder | None:
+        return device_decoder(self.info.transform, self.config.input.max_pixels, self.settings.device)
+
+    @property
     def block_bytes(self) -> int:
         side = self.info.transform.crop or self.info.transform.resize or 224
         return 3 * side * side * self.rows_per_block
@@ -90,11 +96,13 @@ def prepare(config: JobConfig, spec: ModelSpec, cluster: Cluster, shards: Sequen
     num_gpus = 1 if cluster.num_gpus and config.runtime.device != "cpu" else 0
     settled = _remembered(spec, config) if cluster.is_here and not num_gpus else None
     if settled is None:
-        settle = ray.remote(num_cpus=PREDICT_CPUS, num_gpus=num_gpus)(_settle)
+        settle, notes = ray.remote(num_cpus=PREDICT_CPUS, num_gpus=num_gpus)(_settle), None
+        if spec.needs_calibration:  # on images, of which any may kill whoever decodes it
+            settle = settle.options(max_retries=CALIBRATION_RETRIES)
+            notes = RayNotes(ray.remote(num_cpus=0)(Witness).remote())
         try:
-            settled = wait_for(
-                settle.remote(spec, config, num_gpus > 0, spread(shards) if spec.needs_calibration else [])
-            )
+            sample = spread(shards) if spec.needs_calibration else []
+            settled = wait_for(settle.remote(spec, config, num_gpus > 0, sample, notes))
         except ray.exceptions.RayError as cause:
             raise readable(cause) from cause
     output, runtime = config.output, config.runtime
@@ -112,11 +120,11 @@ class _Settled(NamedTuple):
     batch_size: int
 
 
-def _settle(spec: ModelSpec, config: JobConfig, on_gpu: bool, shards: Sequence[Shard]) -> _Settled:
-    device = "cpu" if spec.is_noop else _device(config.runtime.device, on_gpu)
+def _settle(spec: ModelSpec, config: JobConfig, on_gpu: bool, shards: Sequence[Shard], notes: Notes | None) -> _Settled:
+    device = _device(spec, config, on_gpu)
     engine, info = choose_engine(config.runtime.engine, device, spec.precision), resolve(spec)
     if spec.needs_calibration:
-        spec = calibrate(spec, config, shards)
+        spec = calibrate(spec, config, shards, notes)
     wanted = config.runtime.batch_size
     batch_size = wanted if wanted != "auto" else choose_batch_size(spec, info, engine, device)
     return _Settled(spec, info, device, engine, batch_size)
@@ -125,7 +133,7 @@ def _settle(spec: ModelSpec, config: JobConfig, on_gpu: bool, shards: Sequence[S
 def _remembered(spec: ModelSpec, config: JobConfig) -> _Settled | None:
     """What `_settle` finds without a GPU, where this node's cache holds all of it. So it needs no torch, and no worker,
     which takes a second or two to come up."""
-    device = "cpu" if spec.is_noop else _device(config.runtime.device, on_gpu=False)
+    device = _device(spec, config, on_gpu=False)
     engine, info = choose_engine(config.runtime.engine, device, spec.precision), remembered(spec)
     if info is None or spec.needs_calibration:
         return None
@@ -134,7 +142,14 @@ def _remembered(spec: ModelSpec, config: JobConfig) -> _Settled | None:
     return None if batch_size is None else _Settled(spec, info, device, engine, batch_size)
 
 
-def _device(requested: str, on_gpu: bool) -> str:
+def _device(spec: ModelSpec, config: JobConfig, on_gpu: bool) -> str:
+    """`cpu` or `cuda`. Raises ConfigError where the config asks for what that can't do."""
+    device = "cpu" if spec.is_noop else _granted(config.runtime.device, on_gpu)
+    device_decoder(spec.transform, config.input.max_pixels, device)
+    return device
+
+
+def _granted(requested: str, on_gpu: bool) -> str:
     """`cuda` where a GPU was granted and torch can use it."""
     if on_gpu:
         import torch
@@ -169,7 +184,7 @@ def pieces(tasks: Sequence[Task], job: Job, cluster: Cluster, notes: Notes) -> D
         # Not map_batches: with a GPU that insists on a batch size, and would hold blocks back until it is reached.
         return pixels.map_batches_internal(
             ResNetPredictor,
-            fn_constructor_args=(job.spec, job.info, job.settings, notes),
+            fn_constructor_args=(job.spec, job.info, job.settings, notes, job.decoder),
             batch_size=None,  # a block as it is: the predictor cuts it into batches of its own
             batch_format="pyarrow",
             compute=ActorPoolStrategy(

@@ -23,6 +23,7 @@ from pipeline.inputs.stream import pixel_blocks
 from pipeline.model.engines import choose_engine
 from pipeline.model.spec import ModelSpec
 from pipeline.model.zoo import resolve
+from pipeline.nvjpeg import device_decoder
 from pipeline.rows import Columns, Kind, Row
 from pipeline.storage import Store
 
@@ -78,7 +79,8 @@ def _results(rows: list[Row], config: JobConfig, spec: ModelSpec) -> pa.Table:
     """Identity, results, and `error` and `message` where there is no result; sorted by shard and index."""
     batch_size = next((size for size in BATCH_SIZES if size >= len(rows)), BATCH_SIZES[-1])
     wanted = _Wanted(spec.fingerprint, spec, config.output)
-    predictor = _predictor(wanted, config.runtime.engine, config.runtime.device, batch_size)
+    runtime = config.runtime
+    predictor = _predictor(wanted, runtime.engine, runtime.device, batch_size, config.input.max_pixels)
     blocks = pixel_blocks(rows, spec.transform, config.input, batch_size)
     schema = predictor.columns.pieces()
     table = pa.concat_tables([schema.empty_table(), *(predictor(block) for block in blocks)])
@@ -97,7 +99,7 @@ class _Wanted:
 
 
 @lru_cache(maxsize=len(BATCH_SIZES))
-def _predictor(wanted: _Wanted, engine: str, device: str, batch_size: int) -> ResNetPredictor:
+def _predictor(wanted: _Wanted, engine: str, device: str, batch_size: int, max_pixels: int) -> ResNetPredictor:
     """Loading a network takes seconds, and a notebook calls again and again."""
     import torch
 
@@ -109,7 +111,8 @@ def _predictor(wanted: _Wanted, engine: str, device: str, batch_size: int) -> Re
     info = resolve(spec)
     columns = Columns(output.predictions, output.embeddings, output.embedding_dtype, info.embedding_dim)
     engine = choose_engine(engine, device, spec.precision)
-    return ResNetPredictor(spec, info, PredictorSettings(engine, device, batch_size, output.top_k, columns))
+    settings = PredictorSettings(engine, device, batch_size, output.top_k, columns)
+    return ResNetPredictor(spec, info, settings, decode=device_decoder(spec.transform, max_pixels, device))
 
 
 def _items(images: Any) -> Iterable[Any]:

@@ -22,6 +22,7 @@ class Kind(enum.IntEnum):
     ERROR = 1
     END = 2
     ABANDONED = 3
+    ENCODED = 4  # a sample whose `pixels` are a JPEG still, which the predictor decodes on its device
 
 
 @dataclass(slots=True)
@@ -51,7 +52,8 @@ VERDICT = pa.schema(
     ]
 )
 SAMPLES = pa.schema([*IDENTITY, *VERDICT, ("data", pa.large_binary())])
-# uint8 (pixel_height, pixel_width, 3) in C order; width and height are the original's.
+# uint8 (pixel_height, pixel_width, 3) in C order; of ENCODED rows the file's bytes, (number of bytes, 1). width and
+# height are the original's, upright.
 PIXELS = pa.schema(
     [
         *IDENTITY,

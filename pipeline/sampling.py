@@ -149,7 +149,8 @@ def _read_and_decode(shards: Sequence[Shard], job: Job, images: int) -> Decoded:
             read.append(len(lengths))
 
     blocks = list(guard.watch(pixel_blocks(rows(), job.info.transform, job.config.input, images, guard)))
-    samples = [block.filter(pc.equal(block["kind"], int(Kind.SAMPLE))) for block in blocks]
+    kinds = pa.array([Kind.SAMPLE, Kind.ENCODED], pa.uint8())
+    samples = [block.filter(pc.is_in(block["kind"], kinds)) for block in blocks]
     block = pa.concat_tables(samples) if samples else PIXELS.empty_table()
     return Decoded(block.num_rows, sum(read), sum(sizes), notes.spent, block)
 
@@ -163,7 +164,7 @@ def _predict(blocks: list[pa.Table], job: Job) -> tuple[float, float, float]:
 
 def _time_predictor(blocks: list[pa.Table], job: Job) -> tuple[float, float, float]:
     begun = time.perf_counter()
-    predictor = ResNetPredictor(job.spec, job.info, job.settings)
+    predictor = ResNetPredictor(job.spec, job.info, job.settings, decode=job.decoder)
     block = pa.concat_tables(blocks)
     pieces = predictor(block)
     loaded = time.perf_counter()

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.backends import leftovers
+from pipeline.calibration import network_problem
 from pipeline.config import JobConfig
 from pipeline.errors import NotFound, clean
 from pipeline.inputs.shards import shard_id
@@ -89,6 +90,8 @@ def verify_dataset(url: str, store: Store, sample: int = 0, config: JobConfig | 
             result.errors += part.footer.errors
             result.zero_embeddings += part.zeros
     result.problems.extend(_strangers(dataset))
+    if problem := network_problem(dataset, identity):
+        result.problems.append(problem)
     if sample:
         sound = {name: part.footer for name, (part, problems) in found.items() if part is not None and not problems}
         again = recompute(dataset, sound, sample, config)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import pipeline
-from pipeline.calibration import NUM_SHARDS, calibrate, known_spec, spread
+from pipeline.calibration import NUM_SHARDS, _images, calibrate, known_spec, spread
 from pipeline.config import JobConfig, make_config
+from pipeline.deaths import LONE_DEATHS
 from pipeline.errors import ConfigError, FatalError, ModelMismatch, StoreUnavailable
+from pipeline.flow import CALIBRATION_RETRIES
+from pipeline.inputs import stream
+from pipeline.inputs.images import decode
 from pipeline.inputs.shards import Shard, discover
 from pipeline.model.spec import make_spec
 from pipeline.storage import Store
 from tests.support.jobs import assert_exactly_once, assert_no_leftovers, digits_config, digits_tars, rows
+from tests.test_deaths import Died, Machine
 
 INT8 = {"precision": "int8"}
 
@@ -96,6 +104,18 @@ def test_another_model_is_refused(dataset: JobConfig, section: str, key: str, va
         pipeline.plan(make_config(data))
 
 
+def test_another_network_than_its_own_is_named(dataset: JobConfig, tmp_path: Path):
+    shutil.copytree(dataset.output.url, tmp_path / "labels")
+    copy = tmp_path / "labels" / "_model" / network_of(dataset).name
+    with copy.open("ab") as file:
+        file.write(b"more")
+    (problem,) = pipeline.verify(str(tmp_path / "labels")).problems
+    assert re.search(r"_model/\w+\.zip is not the int8 network that it was made with: its sha256 is", problem)
+    copy.unlink()
+    (problem,) = pipeline.verify(str(tmp_path / "labels")).problems
+    assert "the int8 network that it was made with is missing" in problem
+
+
 def test_a_later_run_goes_on_with_its_network(dataset: JobConfig, shards: list[Path]):
     before = network_of(dataset), network_of(dataset).stat().st_mtime_ns
     shutil.copy2(shards[2], Path(dataset.input.url).parent)
@@ -132,6 +152,28 @@ def test_shards_are_taken_from_all_over_the_plan(small: Path, tmp_path: Path):
     many = [few[0]] * 999 + [few[1]]
     assert len(spread(many)) == NUM_SHARDS
     assert [spread(list(range(1000)))[place] for place in (0, 1, 31)] == [0, 31, 968]  # type: ignore[type-var]
+
+
+def test_an_image_that_kills_its_process_is_left_out(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config, machine = job(small, tmp_path / "labels"), Machine()
+    planned, spec = listed(config), make_spec(config)
+    whole = _images(planned, spec, config, machine)
+    seen: list[bytes] = []
+
+    def deadly(data: bytes, *args: Any) -> Any:
+        seen.append(data)
+        if len(seen) > 3 and data == seen[3]:  # the fourth of the first shard
+            machine.die()
+            raise Died
+        return decode(data, *args)
+
+    monkeypatch.setattr(stream, "decode", deadly)
+    for _ in range(CALIBRATION_RETRIES + 1):
+        with contextlib.suppress(Died):
+            found = _images(planned, spec, config, machine)
+            break
+    assert len(machine.dead) <= 2 + LONE_DEATHS
+    assert [image.tobytes() for image in found] == [image.tobytes() for image in whole[:3] + whole[4:]]
 
 
 def test_an_input_without_an_image_is_refused(tmp_path: Path):

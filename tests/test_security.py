@@ -75,7 +75,10 @@ RISKY: dict[str, dict[str, object] | None] = {
     "mktemp": None,
 }
 FORBIDDEN_MODULES = ("pickle", "marshal", "shelve", "dill", "joblib", "torchvision.io", "torch.package")
-MAY_IMPORT = {"pipeline/model/weights.py": {"pickle"}}  # it names pickle's error
+MAY_IMPORT = {
+    "pipeline/model/weights.py": {"pickle"},  # it names pickle's error
+    "pipeline/nvjpeg.py": {"torchvision.io"},  # for JPEGs whose header was checked, where a user asks for it
+}
 MAY_OPEN_ANY_IMAGE = re.compile(r"(benchmarks|scripts|pipeline/examples)/")  # which open their own
 
 

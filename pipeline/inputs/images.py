@@ -86,11 +86,9 @@ def decode(data: bytes, transform: Transform, max_pixels: int) -> Pixels:
     image as stored and as resized. Raises Reject with stage `decode` and an error class of docs/errors.md;
     it raises nothing else for any bytes. (A MemoryError while resizing, within those limits, is the machine's.)
     """
-    image = _open(data)
-    _check_size(image.size, transform.resize, max_pixels)
-    check_effort(data, image, max_pixels)
+    image = _checked(data, transform, max_pixels)
     # Nearest picks single pixels: a mirrored or scaled source would pick others, so it is always done literally.
-    fast = transform.decode == "fast" and transform.interpolation != "nearest"
+    fast = transform.decode != "reference" and transform.interpolation != "nearest"
     stored = (_read_jpeg(data, image, transform.resize) if fast else None) or _read(data, image)
     width, height = stored.upright_size
     x, y = axes(width, height, transform.resize, transform.crop)
@@ -98,6 +96,33 @@ def decode(data: bytes, transform: Transform, max_pixels: int) -> Pixels:
     if x.before or x.after or y.before or y.after:
         array = np.pad(array, ((y.before, y.after), (x.before, x.after), (0, 0)))
     return Pixels(np.ascontiguousarray(array), width, height)
+
+
+def encoded(data: bytes, transform: Transform, max_pixels: int) -> Pixels | None:
+    """A JPEG's bytes in place of its pixels, where a device can decode them as well; None for anything else.
+
+    Checked as `decode` does, and left to it where the end is missing: a device would fill up what it lacks.
+    """
+    image = _checked(data, transform, max_pixels)
+    if not isinstance(image, JpegImagePlugin.JpegImageFile) or image.mode not in ("L", "RGB"):
+        return None
+    if not data.rstrip(b"\0").endswith(b"\xff\xd9"):
+        return None
+    width, height = reversed(image.size) if _turn(image).swap else image.size
+    return Pixels(np.frombuffer(data, np.uint8).reshape(-1, 1), width, height)
+
+
+def turn_of(data: bytes) -> Turn:
+    """How a file that `encoded` has let pass is turned upright."""
+    return _turn(_open(data))
+
+
+def _checked(data: bytes, transform: Transform, max_pixels: int) -> ImageFile.ImageFile:
+    """The image with its header read. Raises Reject where it goes beyond a limit."""
+    image = _open(data)
+    _check_size(image.size, transform.resize, max_pixels)
+    check_effort(data, image, max_pixels)
+    return image
 
 
 def _check_size(size: tuple[int, int], resize: int | None, max_pixels: int) -> None:

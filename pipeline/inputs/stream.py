@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +13,7 @@ import pyarrow as pa
 from pipeline.config import Input, Transform
 from pipeline.deaths import Guard
 from pipeline.errors import PipelineError, Reject, redact
-from pipeline.inputs.images import Pixels, decode
+from pipeline.inputs.images import Pixels, decode, encoded
 from pipeline.inputs.readers import Sample, read
 from pipeline.inputs.shards import Shard, printable
 from pipeline.rows import PIXELS, SAMPLES, Kind, Row, identity_and_verdict
@@ -132,7 +132,11 @@ def _decoded(row: Row, transform: Transform, config: Input, guard: Guard) -> Pix
     assert row.data is not None, "a sample has bytes"
     try:
         guard.check("decode", row.shard, row.index)
-        pixels = decode(row.data, transform, config.max_pixels)
+        pixels = encoded(row.data, transform, config.max_pixels) if transform.decode == "nvjpeg" else None
+        if pixels is not None:
+            row.kind = Kind.ENCODED
+        else:
+            pixels = decode(row.data, transform, config.max_pixels)
     except Reject as reject:
         return row.rejected(reject)
     row.data = None
@@ -175,6 +179,17 @@ class _Images:
         offsets = np.array(self._ends + empty * self._ends[-1:], np.int64)
         memory = pa.py_buffer(b"") if self._memory is None else self._memory.slice(0, self.num_bytes)
         return pa.Array.from_buffers(pa.large_binary(), len(offsets) - 1, [None, pa.py_buffer(offsets), memory])
+
+
+def pixels_table(found: Sequence[tuple[Row, Pixels | Reject]]) -> pa.Table:
+    """A PIXELS table of samples that were decoded elsewhere, or could not be."""
+    images, others = _Images(len(found)), []
+    for row, what in found:
+        if isinstance(what, Reject):
+            others.append(row.rejected(what))
+        else:
+            images.add(row, what)
+    return _pixels_table(images, others)
 
 
 def _pixels_table(images: _Images, others: list[Row]) -> pa.Table:

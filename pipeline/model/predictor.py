@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -44,9 +44,15 @@ class ResNetPredictor:
     """
 
     def __init__(
-        self, spec: ModelSpec, info: ModelInfo, settings: PredictorSettings, notes: Notes | None = None
+        self,
+        spec: ModelSpec,
+        info: ModelInfo,
+        settings: PredictorSettings,
+        notes: Notes | None = None,
+        decode: Callable[[pa.Table], pa.Table] | None = None,
     ) -> None:
-        self._settings = settings
+        """`decode` turns blocks with ENCODED rows into blocks without."""
+        self._settings, self._decode = settings, decode
         self._notes = notes or NoNotes()
         self._fits = settings.batch_size  # images that the device has memory for
         self.columns = settings.columns
@@ -93,7 +99,7 @@ class ResNetPredictor:
             size = self._settings.batch_size if block.num_rows > self._settings.batch_size else 1
             parts = [self._guarded(block.slice(start, size)) for start in range(0, block.num_rows, size)]
             pieces = pa.concat_tables(parts)
-        elif deaths >= LONE_DEATHS and block["kind"][0].as_py() == Kind.SAMPLE:
+        elif deaths >= LONE_DEATHS and block["kind"][0].as_py() in (Kind.SAMPLE, Kind.ENCODED):
             pieces = _padded(_rejected(block, killer("predict")), self._settings.columns.pieces())
         else:
             pieces = self._pieces(block)
@@ -101,6 +107,7 @@ class ResNetPredictor:
         return pieces
 
     def _pieces(self, block: pa.Table) -> pa.Table:
+        block = block if self._decode is None else self._decode(block)
         kinds = block["kind"].to_numpy()
         schema = self._settings.columns.pieces()
         others = _padded(block.take(np.flatnonzero(kinds != Kind.SAMPLE)), schema)

@@ -46,12 +46,19 @@ def block_of(colours: list[int], side: int = SIDE) -> pa.Table:
     return pa.concat_tables(pixel_blocks(rows, TRANSFORM, Input(url="in"), 1000)).combine_chunks()
 
 
-def load(monkeypatch: pytest.MonkeyPatch, engine: Any, notes: Notes | None = None) -> ResNetPredictor:
+def load(
+    monkeypatch: pytest.MonkeyPatch, engine: Any, notes: Notes | None = None, decode: Any = None
+) -> ResNetPredictor:
     """A predictor over an engine that a test brings along."""
     monkeypatch.setattr(module, "load_engine", lambda *_: engine)
     return ResNetPredictor(
-        make_spec(make_job(engine="noop")), INFO, PredictorSettings("eager", "cpu", BATCH, 2, COLUMNS), notes
+        make_spec(make_job(engine="noop")), INFO, PredictorSettings("eager", "cpu", BATCH, 2, COLUMNS), notes, decode
     )
+
+
+def with_kinds(block: pa.Table, before: Kind, after: Kind) -> pa.Table:
+    kinds = pa.array([after if kind == before else kind for kind in block["kind"].to_pylist()], pa.uint8())
+    return block.set_column(block.schema.get_field_index("kind"), "kind", kinds)
 
 
 def colour_engine(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -68,8 +75,9 @@ def by_index(pieces: pa.Table) -> dict[tuple[int, int], dict[str, Any]]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 200), min_size=1, max_size=11), st.sets(st.integers(0, 10), max_size=3))
-def test_only_the_images_that_kill_become_error_rows(colours: list[int], poisons: set[int]) -> None:
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=11), st.sets(st.integers(0, 10), max_size=3), st.booleans())
+def test_only_the_images_that_kill_become_error_rows(colours: list[int], poisons: set[int], encoded: bool) -> None:
+    """Whoever dies of them: here what decodes on the device, where there is that, and else the network."""
     machine = Machine()
     colours = [ADDED if place in poisons else colour for place, colour in enumerate(colours)]
 
@@ -79,11 +87,20 @@ def test_only_the_images_that_kill_become_error_rows(colours: list[int], poisons
             raise Died
         return colour_engine(pixels)
 
+    def decode(block: pa.Table) -> pa.Table:
+        samples = block.filter(pa.array(block["kind"].to_numpy() == Kind.ENCODED))
+        if any(pixels.as_py()[0] == ADDED for pixels in samples["pixels"]):
+            machine.die()
+            raise Died
+        return with_kinds(block, Kind.ENCODED, Kind.SAMPLE)
+
     with pytest.MonkeyPatch.context() as monkeypatch:
         undisturbed = by_index(load(monkeypatch, colour_engine)(block_of(colours)))
+        block = with_kinds(block_of(colours), Kind.SAMPLE, Kind.ENCODED) if encoded else block_of(colours)
         for _ in range(100):
             try:
-                found = by_index(load(monkeypatch, engine, machine)(block_of(colours)))
+                predictor = load(monkeypatch, engine, machine, decode if encoded else None)
+                found = by_index(predictor(block))
                 break
             except Died:
                 continue
