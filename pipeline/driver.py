@@ -62,8 +62,6 @@ class Committer(Witness):
 
     def __init__(self, source: Store, context: CommitContext) -> None:
         super().__init__()
-        # Arrow's own pool keeps for each of many threads what that one had at the most: 450 MB, with this 140.
-        pa.set_memory_pool(pa.system_memory_pool())
         self._source, self._context = source, context
         sweep_workspaces()
 
