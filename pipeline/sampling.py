@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -70,8 +71,10 @@ def measure(config: JobConfig, spec: ModelSpec, dataset: Dataset, plan: Plan) ->
     shards = [task.shard for task in plan.tasks]
     with connected(config) as cluster:
         job = prepare(config, spec, cluster, shards)
+        decoding, chosen = ray.remote(num_cpus=decode_cpus(cluster))(_read_and_decode), spread(shards)
+        wait_for(decoding.remote(chosen[:1], job, 1))  # what is imported and connected only once
         started = time.monotonic()
-        decoded = _decode(shards, job, cluster)
+        decoded = _decode(decoding, chosen, job, cluster)
         images, read = (sum(column) for column in zip(*((d.images, d.read) for d in decoded), strict=True))
         if not images:
             raise FatalError("no image of the sample can be read and decoded: look at input.format and input.url.")
@@ -104,13 +107,10 @@ def _images_per_shard(shards: Sequence[Shard], decoded: Sequence[Decoded]) -> fl
     return sum(shard.size for shard in shards) * per_byte / len(shards)
 
 
-def _decode(shards: Sequence[Shard], job: Job, cluster: Cluster) -> list[Decoded]:
-    """Read and decode on all cores at once, as a run does. What starting the workers takes is not in it."""
+def _decode(decoding: Any, chosen: Sequence[Shard], job: Job, cluster: Cluster) -> list[Decoded]:
+    """Read and decode on all cores at once, as a run does."""
     tasks = min(cluster.num_cpus, MAX_TASKS)
-    chosen = spread(shards)
     shares = [chosen[start::tasks] or chosen[:1] for start in range(tasks)]
-    decoding = ray.remote(num_cpus=decode_cpus(cluster))(_read_and_decode)
-    wait_for(decoding.remote(chosen[:1], job, 1))  # what is imported and connected only once
     answers = [decoding.remote(share, job, IMAGES_PER_TASK) for share in shares]
     return [wait_for(answer) for answer in answers]
 
