@@ -7,9 +7,10 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.config import JobConfig
 from pipeline.errors import ConfigError, FatalError, clean
@@ -59,7 +60,7 @@ def connected(config: JobConfig) -> Iterator[Cluster]:
         except SystemExit as stop:  # what ray.init's own handler makes of a SIGTERM meanwhile
             raise KeyboardInterrupt from stop
     try:
-        cluster = _describe()
+        cluster = describe(ray.nodes(), _this_node())
         if cluster.num_nodes > 1:
             _refuse_local_paths(config)
         yield cluster
@@ -154,16 +155,15 @@ def on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def _describe() -> Cluster:
-    import ray
-
-    alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+def describe(nodes: Iterable[Mapping[str, Any]], here: str | None) -> Cluster:
+    """The cluster of these nodes, as `ray.nodes` gives them; `here` is the id of this process's own, if it has one."""
+    alive = {node["NodeID"]: node["Resources"] for node in nodes if node["Alive"]}
     workers = [r for r in alive.values() if r.get("CPU") or r.get("GPU")]  # a head with CPU 0 does no work
     return Cluster(
         num_nodes=max(1, len(workers)),  # one that scales up from none has none yet
         num_cpus=max(1, int(sum(r.get("CPU", 0) for r in workers))),
         num_gpus=int(sum(r.get("GPU", 0) for r in workers)),
-        is_here=list(alive) == [_this_node()],
+        is_here=list(alive) == [here],
     )
 
 

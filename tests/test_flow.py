@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.cluster import Cluster, connected, describe
 from pipeline.config import make_config
 from pipeline.flow import READ_TASK_BYTES, _chunks
 from pipeline.inputs.shards import Shard
@@ -41,10 +42,17 @@ def test_what_this_node_remembers_is_not_asked_of_a_worker(tmp_path: Path, monke
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_single_node_is_here_where_the_driver_runs_on_it() -> None:
-    from pipeline.cluster import connected
-
     with connected(make_config(digits_config("in", "out"))) as cluster:
         assert (cluster.num_nodes, cluster.is_here) == (1, True)
+
+
+def test_what_another_node_may_know_otherwise_is_asked_of_a_worker() -> None:
+    mine = {"NodeID": "a", "Alive": True, "Resources": {"CPU": 2.0}}
+    other, dead = mine | {"NodeID": "b"}, mine | {"NodeID": "b", "Alive": False}
+    assert describe([mine], "a") == describe([mine, dead], "a") == Cluster(1, 2, 0, is_here=True)
+    assert describe([mine, other], "a") == Cluster(2, 4, 0)
+    assert not describe([mine | {"Resources": {}}, other], "a").is_here, "a head that does no work"
+    assert not describe([mine], None).is_here, "connected from outside"
 
 
 @given(sizes=st.lists(st.integers(0, 200 * 2**20), min_size=1, max_size=60), cores=st.integers(1, 8))
