@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.config import Transform
-from pipeline.errors import ConfigError, Reject
+from pipeline.errors import ConfigError, Reject, clean
 from pipeline.inputs.images import Pixels, decode, turn_of
 from pipeline.inputs.resizing import Array, Turn, axes
 from pipeline.inputs.stream import pixels_table
@@ -76,16 +77,13 @@ class DeviceDecoder:
     def _read(self, images: Sequence[bytes]) -> list[Pixels | Reject]:
         """Together if that works. Else in halves: torchvision says of several images only that one of them failed, and
         where they are too much for the device's memory, half of them may fit."""
-        import torch
-
         try:
             return list(self._read_on_device(images))
         except RuntimeError as cause:  # torch's for what nvJPEG refuses, and for memory
             if len(images) > 1:
                 half = len(images) // 2
                 return self._read(images[:half]) + self._read(images[half:])
-            if isinstance(cause, torch.OutOfMemoryError):
-                log.warning("the GPU has too little memory to decode an image: a core does it")
+            _announce(clean(cause).split(".")[0])
             return [self._read_on_core(images[0])]
 
     def _read_on_core(self, data: bytes) -> Pixels | Reject:
@@ -109,6 +107,12 @@ class DeviceDecoder:
             arrays = _on_host([_transformed(picture, self.transform) for picture in pictures])
         for picture, array in zip(pictures, arrays, strict=True):
             yield Pixels(array, width=picture.shape[2], height=picture.shape[1])
+
+
+@cache
+def _announce(reason: str) -> None:
+    """Once in a process for each reason: where every image is refused, the GPU only costs time."""
+    log.warning("decode: nvjpeg: an image that the GPU does not decode is decoded by a core (%s)", reason)
 
 
 def _parts(sizes: np.ndarray) -> Iterator[slice]:

@@ -15,7 +15,7 @@ from pipeline.config import Input, Transform
 from pipeline.errors import ConfigError, Reject
 from pipeline.inputs.images import decode, encoded
 from pipeline.inputs.stream import pixel_blocks
-from pipeline.nvjpeg import MAX_PIXELS, DeviceDecoder, _parts, device_decoder
+from pipeline.nvjpeg import MAX_PIXELS, DeviceDecoder, _announce, _parts, device_decoder
 from pipeline.rows import Kind, Row
 from tests.inputs.helpers import encode, photo
 
@@ -119,8 +119,11 @@ def test_what_is_an_error_is_the_same_as_on_a_core() -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("nvjpeg failed"), torch.OutOfMemoryError("too little")])
-def test_what_the_device_does_not_read_a_core_does(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """And only that: the others of its batch stay with the device."""
+def test_what_the_device_does_not_read_a_core_does(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    """And only that: the others of its batch stay with the device. It is said once."""
+    _announce.cache_clear()
     images = [jpeg(60 + number, 50) for number in range(9)]
     refused = torch.frombuffer(bytearray(images[4]), dtype=torch.uint8)
     alone: list[int] = []
@@ -137,6 +140,9 @@ def test_what_the_device_does_not_read_a_core_does(monkeypatch: pytest.MonkeyPat
     assert [row["kind"] for row in rows] == [Kind.SAMPLE] * 9 + [Kind.END]
     assert [row["width"] for row in rows[:9]] == [60 + number for number in range(9)]
     assert sum(alone) == 8
+    decoded(images)
+    (said,) = caplog.messages
+    assert str(error) in said
 
 
 def test_images_are_decoded_together_up_to_a_limit() -> None:
