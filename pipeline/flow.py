@@ -78,6 +78,7 @@ class Job:
 
     @property
     def decoder(self) -> DeviceDecoder | None:
+        """What decodes on the device; None where cores do."""
         return device_decoder(self.info.transform, self.config.input.max_pixels, self.settings.device)
 
     @property

@@ -50,15 +50,18 @@ class Compute(Protocol):
 
 
 class OnHost:
-    """See `Compute`: an engine whose outputs lie in the host's memory. It runs in `thread`, one batch at a time."""
+    """See `Compute`: an engine whose outputs lie in the host's memory. It runs in `thread`, one call after the other:
+    taking turns by batches, two blocks would both be done as late as the second."""
 
     def __init__(self, engine: Engine, wanted: Wanted, thread: Executor) -> None:
         self._engine, self._wanted, self._thread = engine, wanted, thread
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[tuple[npt.NDArray[np.int64], Results]]:
-        for rows, pixels in batches:
-            logits, embeddings = self._thread.submit(self._engine, pixels).result()
+        for rows, (logits, embeddings) in self._thread.submit(self._outputs, batches).result():
             yield rows, results_of(logits[: len(rows)], embeddings[: len(rows)], self._wanted)
+
+    def _outputs(self, batches: Iterable[Batch]) -> list[tuple[npt.NDArray[np.int64], tuple[Rows, Rows]]]:
+        return [(rows, self._engine(pixels)) for rows, pixels in batches]
 
 
 def connect(engine: Engine, device: str, wanted: Wanted, thread: Executor) -> Compute:

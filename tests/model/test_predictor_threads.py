@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
@@ -86,6 +87,24 @@ def test_one_block_is_computed_while_another_becomes_a_table(monkeypatch: pytest
     assert [{row["score"] for row in f.values() if row["score"]} for f in found] == [
         {by_index(load(monkeypatch, colour_engine)(block_of([colour])))[0, 0]["score"]} for colour in (1, 2)
     ]
+
+
+def test_the_batches_of_one_block_come_before_those_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+    are_both_there = threading.Barrier(2, timeout=TIMEOUT_S)
+
+    class Meeting(NoNotes):
+        def begin(self, work: str) -> int:
+            are_both_there.wait()
+            return 0
+
+    def engine(pixels: np.ndarray) -> Any:
+        computed.append(int(pixels[0, 0, 0, 0]))
+        time.sleep(0.02)  # the other block has come by then
+        return colour_engine(pixels)
+
+    run_at_once(load(monkeypatch, engine, Meeting()), [block_of([colour] * 3 * BATCH) for colour in (1, 2)])
+    assert computed in ([1, 1, 1, 2, 2, 2], [2, 2, 2, 1, 1, 1])
 
 
 def test_many_blocks_at_once_give_what_they_give_one_by_one() -> None:
