@@ -64,6 +64,7 @@ class Committer(Witness):
         super().__init__()
         self._source, self._context = source, context
         sweep_workspaces()
+        pa.array([])  # pyarrow imports pandas at its first use: not when a first block waits
 
     def describe(self, *blocks: pa.Table) -> list[Receipt]:
         """The receipts of these blocks; `piece` is the block's place among the arguments."""

@@ -6,6 +6,7 @@ What the driver does while the graph runs is in `driver.py`.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -45,17 +46,20 @@ PREDICT_CPUS = 0.02
 READ_CPUS = 0.02
 BLOCK_BYTES = 40 * 2**20
 MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 128, 1024
+DECODER_NICENESS = 19  # where cores are short the network goes first, which results wait for
 READ_TASK_BYTES = 64 * 2**20
 CALIBRATION_RETRIES = 20  # five find one image that kills
 
 
-def decode_cpus(cluster: Cluster) -> float:
-    """The share of a logical CPU that a decoder asks for: n + 1 of them and an actor fit on a node of n cores.
+def decode_cpus(cluster: Cluster, shares_cores: bool) -> float:
+    """The share of a logical CPU that a decoder asks for: n + 1 of them and an actor fit on a node of n cores, or n
+    where the network is computed on the same cores.
 
-    Ray takes a tenth of a second to start the next task where one has ended. The one more works meanwhile.
+    Ray takes a tenth of a second to start the next task where one has ended. The one more works meanwhile, if the
+    network does not.
     """
     cores = cluster.num_cpus / cluster.num_nodes
-    return round(0.97 * cores / (cores + 1), 3)
+    return round((cores + 0.5 if shares_cores else 0.97 * cores) / (cores + 1), 3)
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,11 @@ class Job:
         side = self.info.transform.crop or self.info.transform.resize or 224
         rows = min(max(BLOCK_BYTES // (3 * side * side), MIN_BLOCK_ROWS), MAX_BLOCK_ROWS)
         return max(rows // self.settings.batch_size, 1) * self.settings.batch_size
+
+    @property
+    def shares_cores(self) -> bool:
+        """Whether the network is computed on the cores that decode."""
+        return self.settings.device == "cpu" and not self.spec.is_noop
 
     @property
     def decoder(self) -> DeviceDecoder | None:
@@ -178,10 +187,10 @@ def pieces(tasks: Sequence[Task], job: Job, cluster: Cluster, notes: Notes) -> D
                 fn_args=(job, notes),
                 batch_size=None,
                 batch_format="pyarrow",
-                num_cpus=decode_cpus(cluster),
+                num_cpus=decode_cpus(cluster, job.shares_cores),
             )
         else:
-            pixels = _read(_PixelSource(tasks, job, cluster, notes), decode_cpus(cluster))
+            pixels = _read(_PixelSource(tasks, job, cluster, notes), decode_cpus(cluster, job.shares_cores))
         # Not map_batches: with a GPU that insists on a batch size, and would hold blocks back until it is reached.
         return pixels.map_batches_internal(
             ResNetPredictor,
@@ -275,6 +284,7 @@ def _decode_block(block: pa.Table, job: Job, notes: Notes) -> Iterator[pa.Table]
 
 
 def _decoded(rows: Iterator[Row], job: Job, guard: Guard) -> Iterator[pa.Table]:
+    os.setpriority(os.PRIO_PROCESS, 0, DECODER_NICENESS)
     return guard.watch(pixel_blocks(rows, job.info.transform, job.config.input, job.rows_per_block, guard))
 
 

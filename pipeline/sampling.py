@@ -71,7 +71,7 @@ def measure(config: JobConfig, spec: ModelSpec, dataset: Dataset, plan: Plan) ->
     shards = [task.shard for task in plan.tasks]
     with connected(config) as cluster:
         job = prepare(config, spec, cluster, shards)
-        decoding, chosen = ray.remote(num_cpus=decode_cpus(cluster))(_read_and_decode), spread(shards)
+        decoding, chosen = ray.remote(num_cpus=decode_cpus(cluster, job.shares_cores))(_read_and_decode), spread(shards)
         wait_for(decoding.remote(chosen[:1], job, 1))  # what is imported and connected only once
         started = time.monotonic()
         decoded = _decode(decoding, chosen, job, cluster)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.cluster import Cluster, connected, describe
 from pipeline.config import make_config
-from pipeline.flow import READ_TASK_BYTES, _chunks
+from pipeline.flow import PREDICT_CPUS, READ_TASK_BYTES, _chunks, decode_cpus
 from pipeline.inputs.shards import Shard
 from pipeline.model.spec import make_spec
 from pipeline.model.zoo import resolve
@@ -53,6 +53,17 @@ def test_what_another_node_may_know_otherwise_is_asked_of_a_worker() -> None:
     assert describe([mine, other], "a") == Cluster(2, 4, 0)
     assert not describe([mine | {"Resources": {}}, other], "a").is_here, "a head that does no work"
     assert not describe([mine], None).is_here, "connected from outside"
+
+
+@pytest.mark.parametrize("shares_cores", [False, True])
+@pytest.mark.parametrize("cores", [1, 2, 3, 4, 8, 16])
+def test_the_cores_have_a_decoder_each_and_one_more_where_nothing_else_is_computed(
+    cores: int, shares_cores: bool
+) -> None:
+    share = decode_cpus(Cluster(2, 2 * cores, 0), shares_cores)
+    fit = cores + (not shares_cores)
+    assert fit * share + PREDICT_CPUS <= cores < (fit + 1) * share
+    assert share + 10 * PREDICT_CPUS <= cores, "several runs on one node would wait for each other"
 
 
 @given(sizes=st.lists(st.integers(0, 200 * 2**20), min_size=1, max_size=60), cores=st.integers(1, 8))
