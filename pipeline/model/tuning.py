@@ -19,7 +19,7 @@ from pipeline.model.zoo import cache_key
 
 log = logging.getLogger(__name__)
 
-CANDIDATES = {"cpu": (8, 16, 32), "cuda": (32, 64, 128, 256, 512)}  # images
+CANDIDATES = {"cpu": (8, 32), "cuda": (32, 64, 128, 256, 512)}  # images
 UNMEASURED = {"cpu": 32, "cuda": 256}  # where images have their own sizes, or nothing is computed
 ENOUGH = 0.97  # of the best rate: beyond that a larger batch costs memory and latency for nothing
 SECONDS = 0.4  # for each candidate
