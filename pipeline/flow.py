@@ -6,7 +6,6 @@ What the driver does while the graph runs is in `driver.py`.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -46,7 +45,6 @@ PREDICT_CPUS = 0.02
 READ_CPUS = 0.02
 BLOCK_BYTES = 40 * 2**20
 MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 128, 1024
-DECODER_NICENESS = 19  # where cores are short the network goes first, which results wait for
 READ_TASK_BYTES = 64 * 2**20
 CALIBRATION_RETRIES = 20  # five find one image that kills
 
@@ -284,7 +282,6 @@ def _decode_block(block: pa.Table, job: Job, notes: Notes) -> Iterator[pa.Table]
 
 
 def _decoded(rows: Iterator[Row], job: Job, guard: Guard) -> Iterator[pa.Table]:
-    os.setpriority(os.PRIO_PROCESS, 0, DECODER_NICENESS)
     return guard.watch(pixel_blocks(rows, job.info.transform, job.config.input, job.rows_per_block, guard))
 
 
