@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import yaml
+import pytest
 
+import pipeline
+from pipeline.errors import ExitCode
 from tests.support.jobs import digits_config, digits_tars
 from tests.support.relay import relay
-from tests.support.s3 import s3_server, without_aws
+from tests.support.s3 import s3_server
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_finished_shards_are_not_opened(tmp_path: Path):
     paths = digits_tars(tmp_path / "shards", 6, 20)
-    with s3_server() as s3, relay(s3.endpoint_url) as line:
+    with s3_server(for_all=True) as s3, relay(s3.endpoint_url) as line:
         client = s3.client(s3.owner)
+        storage = {"endpoint_url": line.url, "options": {"anon": True}}
+        config = digits_config("s3://raw/digits/*.tar", "s3://labels/out", storage=storage)
 
         def upload(path: Path) -> None:
             client.put_object(Bucket="raw", Key=f"digits/{path.name}", Body=path.read_bytes())
 
         def run() -> set[tuple[str, str]]:
-            """Run in a process of its own; method and path of what it asked, input shards only."""
+            """Method and path of what a run asked, input shards only."""
             line.asked.clear()
-            command = [sys.executable, "-m", "pipeline", "run", str(tmp_path / "job.yaml")]
-            environment = without_aws(os.environ) | s3.environment(s3.job)
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-            assert done.returncode == 0, done.stdout + done.stderr
+            assert pipeline.run(config).exit_code == ExitCode.COMPLETE
             asked = (request.split(" ")[:2] for request in line.asked)
             return {(method, path) for method, path in asked if path.endswith(".tar")}
 
-        config = digits_config("s3://raw/digits/*.tar", "s3://labels/out", storage={"endpoint_url": line.url})
-        (tmp_path / "job.yaml").write_text(yaml.safe_dump(config))
         for path in paths[:4]:
             upload(path)
         assert {path for method, path in run() if method == "GET"} == {f"/raw/digits/{p.name}" for p in paths[:4]}
