@@ -37,7 +37,7 @@ def test_what_this_node_remembers_is_not_asked_of_a_worker(tmp_path: Path, monke
     monkeypatch.setenv("RESNET_BATCH_CACHE", str(tmp_path / "cache"))
     config = digits_config(tmp_path, tmp_path / "labels")
     resolve(make_spec(make_config(config)))
-    assert output_of(python(PREPARE, json.dumps(config))) == "False False eager 16 10"
+    assert output_of(python(PREPARE, json.dumps(config))) == "False False openvino 16 10"
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -18,7 +18,7 @@ from pipeline.examples.tars import write_tar
 from tests.support.jobs import assert_exactly_once, assert_no_leftovers, digits_config, rows
 from tests.support.poison import KILLS_DECODER, KILLS_PREDICTOR, ROOT
 
-PER_SHARD, DECODING, PREDICTING = 12, 3, 7
+PER_SHARD, DECODING, PREDICTING = 6, 1, 4
 
 
 @pytest.mark.usefixtures("ray_cluster")

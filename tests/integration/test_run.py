@@ -120,7 +120,7 @@ def test_the_report_says_what_was_done(first: Path):
     report = json.loads(reports[0].read_text())
     assert report["shards_committed"] == len(report["committed"]) == 4
     assert (report["predicted"], report["errors"], report["exit_code"]) == (196, 4, 0)
-    assert report["config"]["runtime"]["engine"] == report["engine"] == "eager"
+    assert report["config"]["runtime"]["engine"] == report["engine"] == "openvino"
 
 
 def test_not_one_prediction_is_a_failure(tmp_path: Path):

@@ -186,9 +186,9 @@ def written(web: Web, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Writ
 
         nowhere = ["storage.endpoint_url=http://s3.invalid", "storage.deadline_s=6"]
         environment = clean_environment() | server.environment(JOB)
-        found.run("local", "run", str(job), watch=True, RAY_TMPDIR=str(local))
-        with ThreadPoolExecutor(1) as pool:  # while the head starts
-            failures = [
+        with ThreadPoolExecutor(1) as pool:  # beside the head
+            others = [
+                pool.submit(found.run, "local", "run", str(job), watch=True, RAY_TMPDIR=str(local)),
                 pool.submit(found.run, "denied", "run", str(job), "input.url=s3://denied/*.tar"),
                 pool.submit(found.run, "wrong key", "run", str(job), AWS_SECRET_ACCESS_KEY="PLANTED-wrong"),
                 pool.submit(found.run, "token", "run", str(job), AWS_SESSION_TOKEN=TOKEN),
@@ -199,8 +199,8 @@ def written(web: Web, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Writ
                 found.run("submitted", "submit", str(job), *there)
                 with urllib.request.urlopen(f"{head.dashboard}/api/jobs/") as answer:
                     found.jobs = answer.read()
-            for failure in failures:
-                failure.result()
+            for other in others:
+                other.result()
         yield found
 
 

@@ -50,7 +50,7 @@ def digits_config(input_url: str | Path, output_url: str | Path, **sections: dic
         "input": {"url": str(input_url)},
         "model": {"name": NETWORK, "weights": WEIGHTS, "transform": TRANSFORM},
         "output": {"url": str(output_url)},
-        "runtime": {"engine": "eager", "batch_size": 16},
+        "runtime": {"engine": "openvino", "batch_size": 16},
     }
     for name, section in sections.items():
         config[name] = config.get(name, {}) | section
