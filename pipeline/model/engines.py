@@ -31,6 +31,10 @@ class Engine(Protocol):
     Raises OutOfMemory where the device has too little. Then smaller batches are asked for.
     """
 
+    @property
+    def streams(self) -> int:
+        """How many calls at once, each in a thread of its own, keep all cores or the device busy. More may come."""
+
     def __call__(self, pixels: Pixels) -> tuple[Rows, Rows]: ...
 
 
@@ -95,6 +99,8 @@ def num_cores() -> int:
 
 class Noop:
     """Zeros of the right shape, to measure the rest of the pipeline."""
+
+    streams = 1
 
     def __init__(self, info: ModelInfo) -> None:
         self.info = info

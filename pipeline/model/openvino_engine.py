@@ -16,6 +16,8 @@ import tempfile
 import warnings
 import zipfile
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,18 +35,35 @@ if TYPE_CHECKING:
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 TELEMETRY = "openvino_telemetry"
 NETWORK = ("network.xml", "network.bin")  # OpenVINO's files
+# A batch for each core, not all cores for a batch: threads that share a batch wait for each other after every layer,
+# and so for whatever else one of the cores does. Two blocks of pixels hold as many batches at least.
+STREAMS = 8
+# Arrays go into and out of OpenVINO by one thread at a time: the first two to do so would wait for each other for ever,
+# one for what the other sets up, that one for Python's lock. (A function's static variable in its Python binding.)
+BINDING = Lock()
 TOLERANCE = 1e-3  # greatest difference to torch in fp32, of the greatest value; some 1e-6 is usual
 
 
 class OpenVinoEngine:
-    """See `Engine`."""
+    """See `Engine`. The network is compiled: `compiled` makes it."""
 
-    def __init__(self, request: Any) -> None:
-        self.request = request
+    def __init__(self, network: Any) -> None:
+        self.streams: int = network.get_property("NUM_STREAMS")
+        self._idle: SimpleQueue[Any] = SimpleQueue()
+        for _ in range(self.streams):
+            self._idle.put(network.create_infer_request())
 
     def __call__(self, pixels: Pixels) -> tuple[Rows, Rows]:
-        outputs = self.request.infer([np.ascontiguousarray(pixels)], share_inputs=True)
-        return outputs[0], outputs[1]
+        request = self._idle.get()
+        try:
+            with BINDING:
+                request.start_async([np.ascontiguousarray(pixels)], share_inputs=True)
+            request.wait()
+            with BINDING:
+                logits, embeddings = (request.get_output_tensor(number).data.copy() for number in range(2))
+            return logits, embeddings
+        finally:
+            self._idle.put(request)
 
 
 def load_openvino(spec: ModelSpec, info: ModelInfo, batch_size: int, threads: int | None) -> OpenVinoEngine:
@@ -62,7 +81,8 @@ def load_openvino(spec: ModelSpec, info: ModelInfo, batch_size: int, threads: in
     network = converted(spec) if spec.quantised is None else _stored(spec.quantised)
     side = info.input_size or -1
     network.reshape([batch_size, side, side, 3])
-    return OpenVinoEngine(compiled(network, PRECISIONS[spec.precision], threads or num_cores()))
+    threads = threads or num_cores()
+    return OpenVinoEngine(compiled(network, PRECISIONS[spec.precision], threads, min(threads, STREAMS)))
 
 
 def check_installed() -> None:
@@ -89,14 +109,14 @@ def import_untracked(name: str) -> Any:
             sys.modules[TELEMETRY] = before
 
 
-def compiled(network: Any, precision: str, threads: int) -> Any:
-    """An inference request. One stream, since batches come one after the other and each should have all cores."""
+def compiled(network: Any, precision: str, threads: int, streams: int = 1) -> Any:
+    """The network for this CPU, which computes `streams` batches at once, each on its share of the threads."""
     import openvino
 
     settings = {
         # By itself OpenVINO takes bf16 on CPUs that have it.
         "INFERENCE_PRECISION_HINT": precision,
-        "NUM_STREAMS": "1",
+        "NUM_STREAMS": str(streams),
         "INFERENCE_NUM_THREADS": str(threads),
         # Decoding runs on the same cores: a pinned thread would wait for it where a free one moves aside.
         "ENABLE_CPU_PINNING": "NO",
@@ -105,7 +125,7 @@ def compiled(network: Any, precision: str, threads: int) -> Any:
     chosen = found.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if chosen != precision:
         raise ConfigError(f"model.precision: this CPU computes in {chosen} instead of {precision}. Use float32.")
-    return found.create_infer_request()
+    return found
 
 
 def converted(spec: ModelSpec) -> Any:

@@ -56,8 +56,8 @@ class ResNetPredictor:
         self._notes = notes or NoNotes()
         self._fits = settings.batch_size  # images that the device has memory for
         self.columns = settings.columns
-        # One thread has the engine, whichever thread a block comes in: engines do one batch at a time, and torch keeps
-        # CUDA graphs and a CPU's worker threads for each thread that computes.
+        # One thread has an engine of torch's, whichever thread a block comes in: it does one batch at a time, and torch
+        # keeps CUDA graphs and a CPU's worker threads for each thread that computes.
         thread = ThreadPoolExecutor(1, "engine")
         engine = thread.submit(load_engine, settings.engine, spec, info, settings.device, settings.batch_size).result()
         columns = settings.columns

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -40,7 +41,7 @@ class Results(NamedTuple):
 
 
 class Compute(Protocol):
-    """Batches to the results of their rows, in the same order. May take a batch up before it gives the last one out.
+    """Batches to the results of their rows, in any order. May take a batch up before it gives the last one out.
 
     Several threads may call it at once. Raises OutOfMemory where the device has too little: then what was not given
     out is not done.
@@ -50,24 +51,36 @@ class Compute(Protocol):
 
 
 class OnHost:
-    """See `Compute`: an engine whose outputs lie in the host's memory. It runs in `thread`, one call after the other:
-    taking turns by batches, two blocks would both be done as late as the second."""
+    """See `Compute`: an engine whose outputs lie in the host's memory. `threads`, as many as it has streams, do the
+    batches of one call before those of the next: taking turns, two blocks would both be done as late as the second."""
 
-    def __init__(self, engine: Engine, wanted: Wanted, thread: Executor) -> None:
-        self._engine, self._wanted, self._thread = engine, wanted, thread
+    def __init__(self, engine: Engine, wanted: Wanted, threads: Executor) -> None:
+        self._engine, self._wanted, self._threads = engine, wanted, threads
+        self._queueing, self._drawing = Lock(), Lock()
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[tuple[npt.NDArray[np.int64], Results]]:
-        for rows, (logits, embeddings) in self._thread.submit(self._outputs, batches).result():
-            yield rows, results_of(logits[: len(rows)], embeddings[: len(rows)], self._wanted)
+        left = iter(batches)
+        with self._queueing:
+            shares = [self._threads.submit(self._outputs, left) for _ in range(self._engine.streams)]
+        for share in shares:
+            for rows, (logits, embeddings) in share.result():
+                yield rows, results_of(logits[: len(rows)], embeddings[: len(rows)], self._wanted)
 
-    def _outputs(self, batches: Iterable[Batch]) -> list[tuple[npt.NDArray[np.int64], tuple[Rows, Rows]]]:
-        return [(rows, self._engine(pixels)) for rows, pixels in batches]
+    def _outputs(self, left: Iterator[Batch]) -> list[tuple[npt.NDArray[np.int64], tuple[Rows, Rows]]]:
+        """Of one stream: what it takes of the batches that are left."""
+        done: list[tuple[npt.NDArray[np.int64], tuple[Rows, Rows]]] = []
+        while True:
+            with self._drawing:
+                batch = next(left, None)
+            if batch is None:
+                return done
+            done.append((batch[0], self._engine(batch[1])))
 
 
 def connect(engine: Engine, device: str, wanted: Wanted, thread: Executor) -> Compute:
     """The engine, which was loaded in `thread` on `device` (cpu or cuda), with what its outputs go through."""
     if device == "cpu":
-        return OnHost(engine, wanted, thread)
+        return OnHost(engine, wanted, thread if engine.streams == 1 else ThreadPoolExecutor(engine.streams, "stream"))
     from pipeline.model.torch_engine import TorchEngine
     from pipeline.model.transfer import Cuda, OnDevice
 

@@ -35,6 +35,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 class TorchEngine:
     """See `Engine`. `forward` takes a uint8 tensor (N, H, W, 3) on `device`; `dtype` is autocast's, None for fp32."""
 
+    streams = 1
+
     def __init__(
         self, forward: Callable[[Tensor], tuple[Tensor, Tensor]], device: torch.device, dtype: torch.dtype | None
     ) -> None:

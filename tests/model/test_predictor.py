@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,11 +48,22 @@ def block_of(colours: list[int], side: int = SIDE) -> pa.Table:
     return pa.concat_tables(pixel_blocks(rows, TRANSFORM, Input(url="in"), 1000)).combine_chunks()
 
 
+@dataclass
+class Computing:
+    """An engine made of a function."""
+
+    compute: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    streams: int = 1
+
+    def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.compute(pixels)
+
+
 def load(
-    monkeypatch: pytest.MonkeyPatch, engine: Any, notes: Notes | None = None, decode: Any = None
+    monkeypatch: pytest.MonkeyPatch, engine: Any, notes: Notes | None = None, decode: Any = None, streams: int = 1
 ) -> ResNetPredictor:
     """A predictor over an engine that a test brings along."""
-    monkeypatch.setattr(module, "load_engine", lambda *_: engine)
+    monkeypatch.setattr(module, "load_engine", lambda *_: Computing(engine, streams))
     return ResNetPredictor(
         make_spec(make_job(engine="noop")), INFO, PredictorSettings("eager", "cpu", BATCH, 2, COLUMNS), notes, decode
     )

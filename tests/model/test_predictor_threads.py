@@ -107,11 +107,37 @@ def test_the_batches_of_one_block_come_before_those_of_the_next(monkeypatch: pyt
     assert computed in ([1, 1, 1, 2, 2, 2], [2, 2, 2, 1, 1, 1])
 
 
-def test_many_blocks_at_once_give_what_they_give_one_by_one() -> None:
+def test_an_engine_of_two_streams_does_two_batches_of_a_block_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = block_of(list(range(4 * BATCH)))
+    expected = by_index(load(monkeypatch, colour_engine)(block))
+    are_both_there = threading.Barrier(2, timeout=TIMEOUT_S)
+
+    def engine(pixels: np.ndarray) -> Any:
+        are_both_there.wait()
+        return colour_engine(pixels)
+
+    assert by_index(load(monkeypatch, engine, streams=2)(block)) == expected
+
+
+def test_after_a_failure_no_other_batch_of_the_block_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+
+    def engine(pixels: np.ndarray) -> Any:
+        computed.append(int(pixels[0, 0, 0, 0]))
+        raise RuntimeError("broken")
+
+    predictor = load(monkeypatch, engine)
+    with pytest.raises(RuntimeError, match="broken"):
+        predictor(block_of([1] * 10 * BATCH))
+    assert computed == [1]
+
+
+@pytest.mark.parametrize("engine", ["eager", "openvino"])
+def test_many_blocks_at_once_give_what_they_give_one_by_one(engine: str) -> None:
     job = make_job(name="resnet18", weights="random", num_classes=10, transform={"resize": None, "crop": None})
     spec = make_spec(job)
     info = resolve(spec)
-    settings = PredictorSettings("eager", "cpu", 8, 3, Columns(True, True, "float16", info.embedding_dim))
+    settings = PredictorSettings(engine, "cpu", 8, 3, Columns(True, True, "float16", info.embedding_dim))
     predictor = ResNetPredictor(spec, info, settings)
     blocks = [block_of(list(range(first, first + 11)), side=16) for first in range(0, 240, 40)]
     assert run_at_once(predictor, blocks) == [by_index(predictor(block)) for block in blocks]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from pipeline.model.engines import OutOfMemory, load_engine
 from pipeline.model.spec import make_spec
 from pipeline.model.tuning import choose_batch_size, knee
 from pipeline.model.zoo import resolve
+from tests.model.test_predictor import INFO, Computing
 
 
 @pytest.mark.parametrize(
@@ -72,8 +75,24 @@ def test_what_the_device_has_no_memory_for_is_not_chosen(tmp_path: Path, monkeyp
                 raise OutOfMemory("too little")
             return engine(pixels)
 
-        return limited
+        return Computing(limited)
 
     monkeypatch.setattr(tuning, "load_engine", load)
     spec = make_spec(config())
     assert choose_batch_size(spec, resolve(spec), "eager", "cpu") == 8
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_an_engine_is_measured_with_all_its_streams(streams: int) -> None:
+    at_once, most = set(), 0
+
+    def compute(pixels):
+        nonlocal most
+        at_once.add(threading.get_ident())
+        most = max(most, len(at_once))
+        time.sleep(0.01)
+        at_once.remove(threading.get_ident())
+        return pixels, pixels
+
+    assert tuning.measure_rate(Computing(compute, streams), INFO, 2) > 0
+    assert most == streams
