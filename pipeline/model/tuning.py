@@ -24,6 +24,7 @@ CANDIDATES = {"cpu": (8, 32), "cuda": (32, 64, 128, 256, 512)}  # images
 UNMEASURED = {"cpu": 32, "cuda": 256}  # where images have their own sizes, or nothing is computed
 ENOUGH = 0.97  # of the best rate: beyond that a larger batch costs memory and latency for nothing
 SECONDS = 0.4  # for each candidate
+LONGEST = 0.5  # seconds that a batch may take: what a call costs besides its images is nothing to that
 MEMORY = 0.5  # of the device's; the rest is for what else lives there, and for fragments
 
 
@@ -71,17 +72,26 @@ def knee(curve: Mapping[int, float], device: str) -> int:
 
 
 def _curve(spec: ModelSpec, info: ModelInfo, engine: str, device: str) -> Iterator[tuple[int, float]]:
-    """Batch sizes and their rates in images/s, up to where the device's memory ends."""
+    """Batch sizes and their rates in images/s, up to where the device's memory ends or a batch would take long."""
     # Compiling takes a minute for each size and moves the knee little.
     engine = "eager" if engine == "compile" else engine
+    per_image = 0.0
     for size in CANDIDATES[device]:
+        if size * per_image > LONGEST:
+            return
         try:
-            rate = measure_rate(load_engine(engine, spec, info, device, size), info, size)
+            rate, per_image = _measured(load_engine(engine, spec, info, device, size), info, size)
         except OutOfMemory:
             return
         yield size, rate
         if device == "cuda" and _share_of_memory_used() > MEMORY / 2:  # the next size takes twice as much
             return
+
+
+def _measured(engine: Engine, info: ModelInfo, batch_size: int) -> tuple[float, float]:
+    """Images/s, and the seconds that an image of a batch takes."""
+    rate = measure_rate(engine, info, batch_size)
+    return rate, engine.streams / rate
 
 
 def measure_rate(engine: Engine, info: ModelInfo, batch_size: int, seconds: float = SECONDS) -> float:

@@ -82,6 +82,16 @@ def test_what_the_device_has_no_memory_for_is_not_chosen(tmp_path: Path, monkeyp
     assert choose_batch_size(spec, resolve(spec), "eager", "cpu") == 8
 
 
+def test_where_a_batch_takes_long_no_larger_one_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESNET_BATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuning, "SECONDS", 0.02)
+    monkeypatch.setattr(tuning, "LONGEST", 1e-6)
+    spec = make_spec(config())
+    assert choose_batch_size(spec, resolve(spec), "eager", "cpu") == 8
+    (kept,) = (tmp_path / "cache" / "batch-sizes").glob("*.json")
+    assert set(json.loads(kept.read_text())["images_per_s"]) == {"8"}
+
+
 @pytest.mark.parametrize("streams", [1, 3])
 def test_an_engine_is_measured_with_all_its_streams(streams: int) -> None:
     at_once, most = set(), 0
