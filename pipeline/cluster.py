@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from pipeline.config import JobConfig
@@ -54,6 +55,8 @@ def connected(config: JobConfig) -> Iterator[Cluster]:
         logging.getLogger(name).setLevel(level)
     ours = not ray.is_initialized()
     if ours:
+        # Ray Data needs it, and there is a core to import it while Ray's servers come up.
+        threading.Thread(target=import_module, args=("pandas",), daemon=True).start()
         try:
             with _first_interrupt_waits():
                 _init(config.runtime.address)
