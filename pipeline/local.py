@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 TIFF_MODES = ("F", "I")  # read as such files are: their black and white are not known
 BATCH_SIZES = (1, 8, 32)  # few, since a network is loaded for one of them and kept
+BATCHES = 8  # that there are at least of a larger size than 1: a CPU's cores compute one each
 
 
 def predict_images(images: Any, config: JobConfig) -> pa.Table:
@@ -77,11 +78,11 @@ def _with_urls(rows: list[Row], shards: Sequence[Shard], config: JobConfig, spec
 
 def _results(rows: list[Row], config: JobConfig, spec: ModelSpec) -> pa.Table:
     """Identity, results, and `error` and `message` where there is no result; sorted by shard and index."""
-    batch_size = next((size for size in BATCH_SIZES if size >= len(rows)), BATCH_SIZES[-1])
+    batch_size = max(size for size in BATCH_SIZES if size == 1 or size * BATCHES <= len(rows))
     wanted = _Wanted(spec.fingerprint, spec, config.output)
     runtime = config.runtime
     predictor = _predictor(wanted, runtime.engine, runtime.device, batch_size, config.input.max_pixels)
-    blocks = pixel_blocks(rows, spec.transform, config.input, batch_size)
+    blocks = pixel_blocks(rows, spec.transform, config.input, batch_size * BATCHES)
     schema = predictor.columns.pieces()
     table = pa.concat_tables([schema.empty_table(), *(predictor(block) for block in blocks)])
     table = table.sort_by([("shard", "ascending"), ("index", "ascending")])
