@@ -4,8 +4,8 @@
 
 The networks tell the photographs apart (`networks.write_weights`), and the reference must predict many classes: any two
 programs agree on a network that gives everything the same class. int8 is calibrated on every other photograph. Each
-engine is a process of its own, one after the other on all cores; images/s are those of its fastest batch, since a
-machine's other work only ever slows it. What this machine cannot do is left out, and said on stderr.
+engine is a process of its own, one after the other on all cores; images/s are measured for some seconds, as
+`runtime.batch_size` is. What this machine cannot do is left out, and said on stderr.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -31,9 +30,11 @@ from pipeline.examples.photos import load_photos
 from pipeline.inputs.images import decode
 from pipeline.model.engines import load_engine
 from pipeline.model.spec import ModelSpec, Quantised
+from pipeline.model.tuning import measure_rate
 from pipeline.model.zoo import resolve, share_cores
 
 BATCH_SIZE = 32
+SECONDS = 3.0  # that the rate is measured for
 MIN_CLASSES = 10  # that the reference predicts
 TORCH: list[Precision] = ["float32", "bfloat16"]
 PRECISIONS: dict[str, dict[str, list[Precision]]] = {
@@ -80,14 +81,9 @@ def measure(arm: tuple[str, str, Precision], network: str, weights: Path, pixels
         spec = calibrated(spec, pixels, weights.parent)
     engine = load_engine(engine_name, spec, resolve(spec), device, BATCH_SIZE)
     padded = np.concatenate([pixels, pixels[: -len(pixels) % BATCH_SIZE]])
-    engine(padded[:BATCH_SIZE])
-    parts, fastest = [], float("inf")
-    for start in range(0, len(padded), BATCH_SIZE):
-        begun = time.perf_counter()
-        parts.append(engine(padded[start : start + BATCH_SIZE]))
-        fastest = min(fastest, time.perf_counter() - begun)
+    parts = [engine(padded[start : start + BATCH_SIZE]) for start in range(0, len(padded), BATCH_SIZE)]
     logits, embeddings = (np.concatenate(rows)[: len(pixels)] for rows in zip(*parts, strict=True))
-    return logits, embeddings, BATCH_SIZE / fastest
+    return logits, embeddings, measure_rate(engine, resolve(spec), BATCH_SIZE, SECONDS)
 
 
 def row(arm: tuple[str, str, Precision], network: str, found: Results, reference: Results) -> str:
