@@ -51,9 +51,8 @@ def test_in_local_mode_the_driver_takes_its_ray_with_it(undisturbed: tuple[Path,
     for process in psutil.wait_procs(ours, timeout=5)[1]:
         process.kill()  # two of Ray's agents outlive a driver that was killed
     assert not alive
-    again = config_for(shards, tmp_path)
-    assert start_run(again, tmp_path).wait(120) == ExitCode.COMPLETE
-    assert_whole(again, expected)
+    assert start_run(config, tmp_path).wait(120) == ExitCode.COMPLETE
+    assert_whole(config, expected)
 
 
 def test_sigterm_keeps_what_is_committed_and_says_incomplete(

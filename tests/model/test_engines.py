@@ -6,13 +6,9 @@ import functools
 import json
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +19,6 @@ from torchvision.models import resnet18
 from pipeline.config import Transform
 from pipeline.errors import ConfigError
 from pipeline.model.engines import Engine, choose_engine, load_engine
-from pipeline.model.openvino_engine import OpenVinoEngine
 from pipeline.model.predictor import PredictorSettings, ResNetPredictor
 from pipeline.model.spec import ModelInfo, make_spec
 from pipeline.model.torch_engine import TorchEngine, compile_options
@@ -392,30 +387,3 @@ def test_a_node_without_compiler_says_so(arguments):
     assert process.returncode == 1
     assert "ConfigError: runtime.engine: compile does not work here with resnet18" in stderr
     assert "Use runtime.engine=eager" in stderr
-
-
-def test_arrays_go_into_openvino_by_one_thread_at_a_time():
-    """Two first calls at once hang in its binding, one time in ten: too seldom for a test, so its requests are ours."""
-    inside, waiting = threading.Lock(), threading.Barrier(3, timeout=20)
-
-    class Request:
-        def start_async(self, inputs: list[np.ndarray], share_inputs: bool) -> None:
-            self._enter()
-
-        def wait(self) -> None:
-            waiting.wait()
-
-        def get_output_tensor(self, number: int) -> Any:
-            self._enter()
-            return SimpleNamespace(data=np.zeros((1, 2)))
-
-        def _enter(self) -> None:
-            assert inside.acquire(blocking=False), "two threads at once"
-            time.sleep(0.01)
-            inside.release()
-
-    network = SimpleNamespace(get_property=lambda name: 3, create_infer_request=Request)
-    engine = OpenVinoEngine(network)
-    with ThreadPoolExecutor(3) as threads:
-        results = list(threads.map(engine, [np.zeros((1, 4, 4, 3), np.uint8)] * 6))
-    assert len(results) == 6
