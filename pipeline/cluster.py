@@ -23,6 +23,16 @@ KNOCK_S = 10.0
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a submitted job
 
 
+# What the servers of a Ray of our own are started with, where the caller's environment does not say otherwise.
+LOCAL_SERVERS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Half of all starts miss their own object store at the first try. Ray tries 10 times, a second apart.
+    "RAY_raylet_client_connect_timeout_milliseconds": "50",
+    "RAY_raylet_client_num_connect_attempts": "200",
+    # The first version hangs when it is ended, since that is done after its control store: Ray waits for a second.
+    "RAY_enable_autoscaler_v2": "1",
+}
+
 # What Ray says about itself at every start; its warnings about the work are kept.
 CHATTER = {
     "ray._private.authentication": logging.ERROR,
@@ -101,8 +111,7 @@ def _init(address: str) -> None:
         log.info("this is a Ray job: using the cluster that runs it, whatever runtime.address says")
         ray.init(logging_level=logging.WARNING)
     elif address == "local":
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        with on_loopback():
+        with on_loopback(), _environment(LOCAL_SERVERS):
             ray.init("local", include_dashboard=False, logging_level=logging.WARNING)
     else:
         try:
@@ -110,6 +119,18 @@ def _init(address: str) -> None:
                 ray.init(address, logging_level=logging.WARNING)
         except OSError as cause:
             raise FatalError(f"runtime.address: cannot connect to {address}: {clean(cause)}.") from cause
+
+
+@contextmanager
+def _environment(defaults: Mapping[str, str]) -> Iterator[None]:
+    """Processes that start meanwhile have these variables, where they are not set to something else."""
+    added = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def _is_reached(address: str) -> bool:

@@ -87,9 +87,12 @@ def _new_report(config: JobConfig, spec: ModelSpec, plan: Plan) -> RunReport:
 
 
 def _run(plan: Plan, config: JobConfig, spec: ModelSpec, dataset: Dataset, cluster: Cluster, report: RunReport) -> None:
-    from pipeline import driver, flow
+    from pipeline.preparation import begin_preparing
 
-    job = flow.prepare(config, spec, cluster, [task.shard for task in plan.tasks])
+    preparing = begin_preparing(config, spec, cluster, [task.shard for task in plan.tasks])
+    from pipeline import driver, flow  # Ray Data is imported while a worker settles what it is asked
+
+    job = preparing()
     spec, settings = job.spec, job.settings
     report.model_fingerprint = spec.fingerprint
     report.engine, report.device, report.batch_size = settings.engine, settings.device, settings.batch_size

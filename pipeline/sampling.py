@@ -22,7 +22,6 @@ from pipeline.deaths import Guard, NoNotes
 from pipeline.driver import MAX_COMMITS, num_committers
 from pipeline.errors import FatalError
 from pipeline.estimation import FORMAT, PREDICTION, Estimate, Measured, estimate
-from pipeline.flow import PREDICT_CPUS, Job, decode_cpus, prepare
 from pipeline.inputs.shards import Shard
 from pipeline.inputs.stream import pixel_blocks, read_rows
 from pipeline.model.predictor import ResNetPredictor
@@ -30,6 +29,7 @@ from pipeline.model.spec import ModelSpec
 from pipeline.outputs.dataset import Dataset
 from pipeline.outputs.schema import Footer, part_schema, write_parquet
 from pipeline.planning import Plan
+from pipeline.preparation import PREDICT_CPUS, Job, decode_cpus, prepare
 from pipeline.rows import PIXELS, Kind, Row
 from pipeline.storage import Store
 from pipeline.timing import Spent

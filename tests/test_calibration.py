@@ -19,11 +19,11 @@ from pipeline.calibration import NUM_SHARDS, _images, calibrate, known_spec, spr
 from pipeline.config import JobConfig, make_config
 from pipeline.deaths import LONE_DEATHS
 from pipeline.errors import ConfigError, FatalError, ModelMismatch, StoreUnavailable
-from pipeline.flow import CALIBRATION_RETRIES
 from pipeline.inputs import stream
 from pipeline.inputs.images import decode
 from pipeline.inputs.shards import Shard, discover
 from pipeline.model.spec import make_spec
+from pipeline.preparation import CALIBRATION_RETRIES
 from pipeline.storage import Store
 from tests.support.jobs import assert_exactly_once, assert_no_leftovers, digits_config, digits_tars, rows
 from tests.test_deaths import Died, Machine

@@ -238,10 +238,11 @@ def test_one_tar_is_decoded_on_all_cores_and_never_in_the_actor(tmp_path: Path, 
     from pipeline.config import make_config
     from pipeline.model.spec import make_spec
     from pipeline.planning import Task, make_plan
+    from pipeline.preparation import prepare
 
     config = make_config(digits_config(first / "shards", tmp_path / "labels"))
     cluster = Cluster(num_nodes=1, num_cpus=2, num_gpus=0)
-    job = flow.prepare(config, make_spec(config), cluster, [])
+    job = prepare(config, make_spec(config), cluster, [])
     tasks: list[Task] = make_plan(config).tasks
     many = flow.pieces(tasks, job, cluster, NoNotes()).materialize().stats()
     one = flow.pieces(tasks[:1], job, cluster, NoNotes()).materialize().stats()

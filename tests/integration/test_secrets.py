@@ -254,10 +254,10 @@ def test_a_local_run_can_be_reached_from_this_machine_only(written: Written):
 def test_no_secret_is_pickled(written: Written, monkeypatch: pytest.MonkeyPatch):
     from ray import cloudpickle
 
-    from pipeline.flow import Job
     from pipeline.model.predictor import PredictorSettings
     from pipeline.model.spec import ModelInfo, make_spec
     from pipeline.planning import make_plan
+    from pipeline.preparation import Job
     from pipeline.rows import Columns
 
     written.server.become(monkeypatch, JOB)

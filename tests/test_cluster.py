@@ -1,0 +1,35 @@
+"""Where a run takes place."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from pipeline.cluster import Cluster, _environment, connected, describe
+from pipeline.config import make_config
+from tests.support.jobs import digits_config
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_single_node_is_here_where_the_driver_runs_on_it() -> None:
+    with connected(make_config(digits_config("in", "out"))) as cluster:
+        assert (cluster.num_nodes, cluster.is_here) == (1, True)
+
+
+def test_what_another_node_may_know_otherwise_is_asked_of_a_worker() -> None:
+    mine = {"NodeID": "a", "Alive": True, "Resources": {"CPU": 2.0}}
+    other, dead = mine | {"NodeID": "b"}, mine | {"NodeID": "b", "Alive": False}
+    assert describe([mine], "a") == describe([mine, dead], "a") == Cluster(1, 2, 0, is_here=True)
+    assert describe([mine, other], "a") == Cluster(2, 4, 0)
+    assert not describe([mine | {"Resources": {}}, other], "a").is_here, "a head that does no work"
+    assert not describe([mine], None).is_here, "connected from outside"
+
+
+def test_what_our_servers_are_started_with_stays_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SET", "by the caller")
+    monkeypatch.delenv("NEW", raising=False)
+    with _environment({"SET": "by us", "NEW": "by us"}):
+        assert (os.environ["SET"], os.environ["NEW"]) == ("by the caller", "by us")
+    assert os.environ["SET"] == "by the caller"
+    assert "NEW" not in os.environ
