@@ -23,15 +23,14 @@ KNOCK_S = 10.0
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a submitted job
 
 
-# What the servers of a Ray of our own are started with, where the caller's environment does not say otherwise.
-LOCAL_SERVERS = {
-    "RAY_USAGE_STATS_ENABLED": "0",
+# What the servers of a Ray of our own are started with, unless the caller's environment says something of it.
+LOCAL_SERVERS = (
+    {"RAY_USAGE_STATS_ENABLED": "0"},
     # Half of all starts miss their own object store at the first try. Ray tries 10 times, a second apart.
-    "RAY_raylet_client_connect_timeout_milliseconds": "50",
-    "RAY_raylet_client_num_connect_attempts": "200",
+    {"RAY_raylet_client_connect_timeout_milliseconds": "50", "RAY_raylet_client_num_connect_attempts": "200"},
     # The first version hangs when it is ended, since that is done after its control store: Ray waits for a second.
-    "RAY_enable_autoscaler_v2": "1",
-}
+    {"RAY_enable_autoscaler_v2": "1"},
+)
 
 # What Ray says about itself at every start; its warnings about the work are kept.
 CHATTER = {
@@ -122,14 +121,14 @@ def _init(address: str) -> None:
 
 
 @contextmanager
-def _environment(defaults: Mapping[str, str]) -> Iterator[None]:
-    """Processes that start meanwhile have these variables, where they are not set to something else."""
-    added = {name: value for name, value in defaults.items() if name not in os.environ}
+def _environment(defaults: Iterable[Mapping[str, str]]) -> Iterator[None]:
+    """Processes that start meanwhile have these variables; not those of which one that belongs to them is set."""
+    added = [item for some in defaults if not some.keys() & os.environ.keys() for item in some.items()]
     os.environ.update(added)
     try:
         yield
     finally:
-        for name in added:
+        for name, _ in added:
             del os.environ[name]
 
 

@@ -22,7 +22,7 @@ from pipeline.inputs.shards import Shard, discover
 from pipeline.inputs.stream import pixel_blocks
 from pipeline.model.engines import choose_engine
 from pipeline.model.spec import ModelSpec
-from pipeline.model.zoo import resolve
+from pipeline.model.zoo import resolve, share_cores
 from pipeline.nvjpeg import device_decoder
 from pipeline.rows import Columns, Kind, Row
 from pipeline.storage import Store
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 TIFF_MODES = ("F", "I")  # read as such files are: their black and white are not known
 BATCH_SIZES = (1, 8, 32)  # few, since a network is loaded for one of them and kept
-BATCHES = 8  # that there are at least of a larger size than 1: a CPU's cores compute one each
+BATCHES = {"cpu": 8, "cuda": 1}  # that there are at least of a larger size than 1: a CPU's cores compute one each
+BATCHES_PER_BLOCK = 8
 
 
 def predict_images(images: Any, config: JobConfig) -> pa.Table:
@@ -78,16 +79,26 @@ def _with_urls(rows: list[Row], shards: Sequence[Shard], config: JobConfig, spec
 
 def _results(rows: list[Row], config: JobConfig, spec: ModelSpec) -> pa.Table:
     """Identity, results, and `error` and `message` where there is no result; sorted by shard and index."""
-    batch_size = max(size for size in BATCH_SIZES if size == 1 or size * BATCHES <= len(rows))
+    device = "cpu" if spec.is_noop else _device(config.runtime.device)
+    batch_size = max(size for size in BATCH_SIZES if size == 1 or size * BATCHES[device] <= len(rows))
     wanted = _Wanted(spec.fingerprint, spec, config.output)
-    runtime = config.runtime
-    predictor = _predictor(wanted, runtime.engine, runtime.device, batch_size, config.input.max_pixels)
-    blocks = pixel_blocks(rows, spec.transform, config.input, batch_size * BATCHES)
+    predictor = _predictor(wanted, config.runtime.engine, device, batch_size, config.input.max_pixels)
+    blocks = pixel_blocks(rows, spec.transform, config.input, batch_size * BATCHES_PER_BLOCK)
     schema = predictor.columns.pieces()
     table = pa.concat_tables([schema.empty_table(), *(predictor(block) for block in blocks)])
     table = table.sort_by([("shard", "ascending"), ("index", "ascending")])
     names = ["key", "shard", "index", *(f.name for f in predictor.columns.results())]
     return table.select([*names, "width", "height", "error", "message"]).combine_chunks()
+
+
+def _device(requested: str) -> str:
+    """`cpu` or `cuda`."""
+    share_cores()
+    import torch
+
+    if requested == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return requested
 
 
 @dataclass(frozen=True)
@@ -102,13 +113,9 @@ class _Wanted:
 @lru_cache(maxsize=len(BATCH_SIZES))
 def _predictor(wanted: _Wanted, engine: str, device: str, batch_size: int, max_pixels: int) -> ResNetPredictor:
     """Loading a network takes seconds, and a notebook calls again and again."""
-    import torch
-
     from pipeline.model.predictor import PredictorSettings, ResNetPredictor
 
     spec, output = wanted.spec, wanted.output
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     info = resolve(spec)
     columns = Columns(output.predictions, output.embeddings, output.embedding_dtype, info.embedding_dim)
     engine = choose_engine(engine, device, spec.precision)

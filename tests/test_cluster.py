@@ -29,7 +29,9 @@ def test_what_another_node_may_know_otherwise_is_asked_of_a_worker() -> None:
 def test_what_our_servers_are_started_with_stays_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SET", "by the caller")
     monkeypatch.delenv("NEW", raising=False)
-    with _environment({"SET": "by us", "NEW": "by us"}):
+    monkeypatch.delenv("BESIDE", raising=False)
+    with _environment([{"SET": "by us", "BESIDE": "by us"}, {"NEW": "by us"}]):
         assert (os.environ["SET"], os.environ["NEW"]) == ("by the caller", "by us")
+        assert "BESIDE" not in os.environ
     assert os.environ["SET"] == "by the caller"
     assert "NEW" not in os.environ

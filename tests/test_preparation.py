@@ -15,7 +15,7 @@ from pipeline.preparation import PREDICT_CPUS, decode_cpus
 from tests.model.helpers import output_of, python
 from tests.support.jobs import digits_config
 
-# Prints whether Ray was started and torch imported for that, and what was settled.
+# Prints whether Ray was started, torch and Ray Data imported for that, and what was settled.
 PREPARE = """
 import json, sys
 import ray
@@ -25,7 +25,8 @@ from pipeline.preparation import prepare
 from pipeline.model.spec import make_spec
 config = make_config(json.loads(sys.argv[1]))
 job = prepare(config, make_spec(config), Cluster(1, 2, 0, is_here=True), [])
-print(ray.is_initialized(), "torch" in sys.modules, job.settings.engine, job.settings.batch_size, job.info.num_classes)
+imported = [name in sys.modules for name in ("torch", "ray.data")]
+print(ray.is_initialized(), *imported, job.settings.engine, job.settings.batch_size, job.info.num_classes)
 """
 
 
@@ -33,7 +34,7 @@ def test_what_this_node_remembers_is_not_asked_of_a_worker(tmp_path: Path, monke
     monkeypatch.setenv("RESNET_BATCH_CACHE", str(tmp_path / "cache"))
     config = digits_config(tmp_path, tmp_path / "labels")
     resolve(make_spec(make_config(config)))
-    assert output_of(python(PREPARE, json.dumps(config))) == "False False openvino 16 10"
+    assert output_of(python(PREPARE, json.dumps(config))) == "False False False openvino 16 10"
 
 
 @pytest.mark.parametrize("shares_cores", [False, True])

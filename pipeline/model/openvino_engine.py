@@ -35,9 +35,8 @@ if TYPE_CHECKING:
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 TELEMETRY = "openvino_telemetry"
 NETWORK = ("network.xml", "network.bin")  # OpenVINO's files
-# A batch for each core, not all cores for a batch: threads that share a batch wait for each other after every layer,
-# and so for whatever else one of the cores does. Two blocks of pixels hold as many batches at least.
-STREAMS = 8
+STREAMS = 8  # at the most: every one has memory for a batch
+IMAGES = 256  # that lie in two blocks of pixels at least
 # Arrays go into and out of OpenVINO by one thread at a time: the first two to do so would wait for each other for ever,
 # one for what the other sets up, that one for Python's lock. (A function's static variable in its Python binding.)
 BINDING = Lock()
@@ -82,7 +81,19 @@ def load_openvino(spec: ModelSpec, info: ModelInfo, batch_size: int, threads: in
     side = info.input_size or -1
     network.reshape([batch_size, side, side, 3])
     threads = threads or num_cores()
-    return OpenVinoEngine(compiled(network, PRECISIONS[spec.precision], threads, min(threads, STREAMS)))
+    streams = num_streams(threads, batch_size, info.input_size)
+    return OpenVinoEngine(compiled(network, PRECISIONS[spec.precision], threads, streams))
+
+
+def num_streams(threads: int, batch_size: int, input_size: int | None) -> int:
+    """How many batches to compute at once, each on an equal share of the threads.
+
+    A batch for each core, not all cores for a batch: threads that share a batch wait for each other after every layer,
+    and so for whatever else one of the cores does. No more than there are batches to have, which is one where images
+    come in sizes of their own: only those of one size share a batch.
+    """
+    most = min(STREAMS, max(1, IMAGES // batch_size)) if input_size else 1
+    return threads // -(-threads // most)
 
 
 def check_installed() -> None:
@@ -120,6 +131,8 @@ def compiled(network: Any, precision: str, threads: int, streams: int = 1) -> An
         "INFERENCE_NUM_THREADS": str(threads),
         # Decoding runs on the same cores: a pinned thread would wait for it where a free one moves aside.
         "ENABLE_CPU_PINNING": "NO",
+        # By itself OpenVINO leaves out the second thread of a core, and divides what remains unevenly.
+        "ENABLE_HYPER_THREADING": "YES",
     }
     found = openvino.Core().compile_model(network, "CPU", settings)
     chosen = found.get_property("INFERENCE_PRECISION_HINT").get_type_name()

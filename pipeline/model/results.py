@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
-from threading import Lock
+from threading import Event, Lock
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -59,22 +59,31 @@ class OnHost:
         self._queueing, self._drawing = Lock(), Lock()
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[tuple[npt.NDArray[np.int64], Results]]:
-        left = iter(batches)
+        left, is_over = iter(batches), Event()
         with self._queueing:
-            shares = [self._threads.submit(self._outputs, left) for _ in range(self._engine.streams)]
-        for share in shares:
-            for rows, (logits, embeddings) in share.result():
-                yield rows, results_of(logits[: len(rows)], embeddings[: len(rows)], self._wanted)
+            shares = [self._threads.submit(self._outputs, left, is_over) for _ in range(self._engine.streams)]
+        try:
+            for share in shares:
+                for rows, (logits, embeddings) in share.result():
+                    yield rows, results_of(logits[: len(rows)], embeddings[: len(rows)], self._wanted)
+        finally:  # after a failure or a Ctrl-C, no stream goes on with what nobody waits for
+            is_over.set()
+            wait([share for share in shares if not share.cancel()])
 
-    def _outputs(self, left: Iterator[Batch]) -> list[tuple[npt.NDArray[np.int64], tuple[Rows, Rows]]]:
+    def _outputs(self, left: Iterator[Batch], is_over: Event) -> list[tuple[npt.NDArray[np.int64], tuple[Rows, Rows]]]:
         """Of one stream: what it takes of the batches that are left."""
         done: list[tuple[npt.NDArray[np.int64], tuple[Rows, Rows]]] = []
-        while True:
-            with self._drawing:
-                batch = next(left, None)
-            if batch is None:
-                return done
-            done.append((batch[0], self._engine(batch[1])))
+        try:
+            while not is_over.is_set():
+                with self._drawing:
+                    batch = next(left, None)
+                if batch is None:
+                    break
+                done.append((batch[0], self._engine(batch[1])))
+        except BaseException:
+            is_over.set()
+            raise
+        return done
 
 
 def connect(engine: Engine, device: str, wanted: Wanted, thread: Executor) -> Compute:

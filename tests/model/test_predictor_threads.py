@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline.deaths import SPLIT_AFTER, NoNotes
 from pipeline.model import predictor as module
 from pipeline.model.engines import Engine
-from pipeline.model.openvino_engine import OpenVinoEngine
+from pipeline.model.openvino_engine import OpenVinoEngine, num_streams
 from pipeline.model.predictor import PredictorSettings, ResNetPredictor
 from pipeline.model.results import Compute, Wanted
 from pipeline.model.spec import make_spec
@@ -121,17 +121,45 @@ def test_an_engine_of_two_streams_does_two_batches_of_a_block_at_once(monkeypatc
     assert by_index(load(monkeypatch, engine, streams=2)(block)) == expected
 
 
-def test_after_a_failure_no_other_batch_of_the_block_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    computed: list[int] = []
+@pytest.mark.parametrize(
+    ("threads", "batch_size", "input_size", "streams"),
+    [
+        (1, 8, 224, 1),
+        (2, 32, 224, 2),
+        (8, 8, 224, 8),
+        (8, 64, 224, 4),
+        (8, 128, 224, 2),
+        (8, 512, 224, 1),
+        (8, 8, None, 1),
+        (12, 8, 224, 6),
+        (15, 8, 224, 7),
+        (24, 8, 224, 8),
+    ],
+)
+def test_streams_share_the_threads_evenly_and_are_no_more_than_batches(
+    threads: int, batch_size: int, input_size: int | None, streams: int
+) -> None:
+    assert num_streams(threads, batch_size, input_size) == streams
+
+
+@pytest.mark.parametrize("streams", [1, 2, 3])
+def test_after_a_failure_no_other_batch_of_the_block_is_begun(streams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    all_at_work = threading.Barrier(streams)
+    begun, ended = [], []
 
     def engine(pixels: np.ndarray) -> Any:
-        computed.append(int(pixels[0, 0, 0, 0]))
-        raise RuntimeError("broken")
+        begun.append(threading.current_thread())
+        all_at_work.wait(5)
+        if len(set(begun)) == streams and threading.current_thread() is begun[-1]:
+            raise RuntimeError("broken")
+        time.sleep(0.2)  # the others are still at work then
+        ended.append(threading.current_thread())
+        return colour_engine(pixels)
 
-    predictor = load(monkeypatch, engine)
+    predictor = load(monkeypatch, engine, streams=streams)
     with pytest.raises(RuntimeError, match="broken"):
         predictor(block_of([1] * 10 * BATCH))
-    assert computed == [1]
+    assert (len(begun), len(ended)) == (streams, streams - 1)
 
 
 @pytest.mark.parametrize("engine", ["eager", "openvino"])
