@@ -1,4 +1,4 @@
-"""Odd shards beyond test_readers.py, and sources that change while they are read: docs/odd-inputs.md is the table."""
+"""Odd shards beyond test_tars.py and test_parquet.py, and sources that change while they are read: docs/odd-inputs.md is the table."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pipeline.inputs.shards import current_fingerprint, discover
 from pipeline.inputs.stream import read_rows
 from pipeline.rows import Kind
 from pipeline.storage import Store
-from tests.inputs.test_readers import found, samples
+from tests.inputs.reading import found, samples
 from tests.support.s3 import S3Server, s3_server
 from tests.support.tars import REPOSITORY, header, member, tar
 
