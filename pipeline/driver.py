@@ -17,7 +17,14 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 import ray
-from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError, RayError
+from ray.exceptions import (
+    GetTimeoutError,
+    ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    RayActorError,
+    RayError,
+)
 
 from pipeline.budget import ErrorBudget
 from pipeline.cluster import Cluster
@@ -232,7 +239,14 @@ class Run:
             self._pending.pop(ref)(ref)
 
     def _on_receipts(self, refs: list[Any], answer: Any) -> None:
-        for receipt in ray.get(answer):
+        try:
+            receipts: list[Receipt] = ray.get(answer)
+        except (RayActorError, ObjectLostError) as cause:  # a committer that died again and again, or a piece with it
+            if self._stopping.is_set():
+                log.warning("finished rows are not committed: %s", clean(cause))
+                return
+            raise Stopped(f"finished rows cannot be read: {clean(cause)}. Run again.") from cause
+        for receipt in receipts:
             if self._progress.is_news(receipt):
                 self._first_rows_at = self._first_rows_at or time.monotonic()
                 self._watcher.on_rows(len(receipt.indices), receipt.errors)

@@ -122,6 +122,8 @@ def _count(
                 counts.update((stage, error) for stage, error in pairs if not chosen or error in chosen)
     except NotFound:
         return None
+    except SourceChanged:  # a run has replaced it meanwhile
+        return _count(dataset, name, chosen)
     except FatalError as damage:
         return damage
     return url, counts

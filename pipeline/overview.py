@@ -72,7 +72,7 @@ def _listed_now(dataset: Dataset, config: JobConfig | None) -> tuple[set[str] | 
         config = config or last_config(dataset, "status")
         options = config.input_storage
         options = options.model_copy(update={"deadline_s": min(options.deadline_s, INPUT_DEADLINE_S)})
-        return {shard.id for shard in discover(config.input, Store(options))}, ""
+        return {shard.id for shard in discover(config.input, Store(options), output=config.output.url)}, ""
     except PipelineError as cause:
         return None, f"what is gone from the input is not known: {cause}"
 
@@ -96,7 +96,8 @@ def last_config(dataset: Dataset, who: str) -> JobConfig:
 def listed_shards(config: JobConfig) -> dict[str, Shard]:
     """The shards of the input by id; an input that is empty now has none."""
     lenient = config.input.model_copy(update={"allow_empty": True})
-    return {shard.id: shard for shard in discover(lenient, Store(config.input_storage))}
+    found = discover(lenient, Store(config.input_storage), output=config.output.url)
+    return {shard.id: shard for shard in found}
 
 
 def _reports(dataset: Dataset) -> list[str]:

@@ -105,7 +105,7 @@ def make_plan(config: JobConfig, retry_errors: Iterable[str] | str = ()) -> Plan
         left_out[shard.id] = shard.url
         return False
 
-    shards = discover(config.input, Store(config.input_storage), is_worth_a_look)
+    shards = discover(config.input, Store(config.input_storage), is_worth_a_look, config.output.url)
     redo = _with_errors(shards, standing, dataset, classes) if classes else ()
     return compare(shards, standing, _vanished_groups(shards, standing, left_out, dataset), redo, left_out)
 
@@ -139,7 +139,7 @@ def vanished_groups(shard_id: str, footers: Iterable[Footer], roots: Iterable[st
     """A part and an errors part as groups of these roots; they may be of two times, and so reach to two paths."""
     for footer in footers:
         for root in roots:
-            if footer.shard.startswith(f"{root}#"):
+            if footer.last_path and footer.shard.startswith(f"{root}#"):  # a shard of its own has no last path
                 yield Vanished(shard_id, root, footer.shard.removeprefix(f"{root}#"), footer.last_path)
 
 

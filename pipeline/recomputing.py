@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from pipeline.calibration import with_network
 from pipeline.config import JobConfig, Runtime
+from pipeline.errors import NotFound, SourceChanged
 from pipeline.inputs.shards import Shard
 from pipeline.local import predict_rows
 from pipeline.model.spec import ModelSpec, make_spec
@@ -70,9 +71,12 @@ def _pick(dataset: Dataset, names: list[str], sample: int) -> tuple[list[dict[st
     rows: list[dict[str, Any]] = []
     total, count = None, 0
     for left, name in zip(range(len(chosen), 0, -1), chosen, strict=True):
-        with dataset.store.open(dataset.path("data", name + PARQUET), read_ahead=False) as file:
-            parquet = pq.ParquetFile(file)
-            group = parquet.read_row_group(random.sample(range(parquet.num_row_groups), 1)[0])
+        try:
+            with dataset.store.open(dataset.path("data", name + PARQUET), read_ahead=False) as file:
+                parquet = pq.ParquetFile(file)
+                group = parquet.read_row_group(random.sample(range(parquet.num_row_groups), 1)[0])
+        except (NotFound, SourceChanged):  # a run replaces it: others are enough
+            continue
         wanted = min(-(-(sample - len(rows)) // left), group.num_rows)
         rows.extend(group.take(sorted(random.sample(range(group.num_rows), wanted))).to_pylist())
         if "embedding" in group.column_names:

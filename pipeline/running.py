@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.cluster import Cluster, connected
 from pipeline.config import JobConfig
-from pipeline.errors import ExitCode, NotFound, TransientError
+from pipeline.errors import ExitCode, NotFound, PipelineError, TransientError, clean
 from pipeline.estimation import PREDICTION, is_about, score
 from pipeline.model.spec import ModelSpec
 from pipeline.outputs.commit import CommitContext, Committed
@@ -54,21 +54,24 @@ def _planned_run(config: JobConfig, retry_errors: Iterable[str] | str) -> RunRep
 
 def _score(report: RunReport, plan: Plan, dataset: Dataset) -> dict[str, float]:
     """What `plan --estimate` predicted of this run, if it did, beside what came of it."""
+    sizes = [task.shard.size for task in plan.tasks]
     try:
         prediction = json.loads(dataset.store.read(dataset.path(*PREDICTION)))
+        if not is_about(prediction, sizes, report.model_fingerprint):
+            return {}
+        return score(prediction, report.seconds, report.images_per_s)
     except NotFound:
         return {}
-    sizes = [task.shard.size for task in plan.tasks]
-    if not is_about(prediction, sizes, report.model_fingerprint):
+    except (PipelineError, ValueError, KeyError, TypeError) as cause:
+        log.warning("the prediction is not scored: %s", clean(cause))
         return {}
-    return score(prediction, report.seconds, report.images_per_s)
 
 
 def _leave(report: RunReport, dataset: Dataset) -> None:
     """Put the report where it belongs. What the run committed stands without it, so that is not worth failing for."""
     try:
         dataset.store.put(dataset.path("_runs", report.run_id, "report.json"), report.to_json().encode())
-    except TransientError as cause:
+    except PipelineError as cause:
         log.warning("this run leaves no report.json: %s", cause)
 
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from pipeline.backends import leftovers
 from pipeline.calibration import network_problem
 from pipeline.config import JobConfig
-from pipeline.errors import NotFound, clean
+from pipeline.errors import NotFound, SourceChanged, clean
 from pipeline.inputs.shards import shard_id
 from pipeline.outputs.dataset import PARQUET, Dataset, Identity
 from pipeline.outputs.ledger import Mark, Standing
@@ -103,6 +103,9 @@ def verify_dataset(url: str, store: Store, sample: int = 0, config: JobConfig | 
 # --- One shard -----------------------------------------------------------------------------------------------------
 
 
+CHANGED = "it changed while it was checked, verify again"
+
+
 class _Damaged(Exception):
     """A file that cannot be read for what it holds."""
 
@@ -128,9 +131,11 @@ def _check_shard(dataset: Dataset, identity: Identity, name: str, standing: Stan
         errors = _scan(dataset, "errors", name, identity) if standing.errors is not None else None
     except _Damaged as damage:
         return None, [str(damage)]
-    except NotFound as gone:
-        return None, [f"it changed while it was checked, verify again: {gone}"]
+    except (NotFound, SourceChanged) as gone:
+        return None, [f"{CHANGED}: {gone}"]
     problems = [*_footer_problems(name, mark, body, part, errors), *_index_problems(part, errors)]
+    if problems and dataset.standing_of(name) != standing:
+        return None, [f"{CHANGED}: a run has replaced it"]
     part.indices = part.indices[:0].copy()  # all shards' together would not be small
     return part, problems
 

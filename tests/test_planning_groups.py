@@ -260,3 +260,12 @@ def test_what_two_runs_with_two_listings_leave_is_put_right_by_the_next(
         edit(world.files, toggled, bumped)
     run_to_the_end(world, runs, choice)
     check_next_run(world, nights[-1][2], choice)
+
+
+def test_a_tar_whose_name_goes_on_from_a_root_is_no_group() -> None:
+    """Its rows, when it has gone, are not those of a group whose files another takes."""
+    tar = Footer(f"{ROOT}#2024.tar", "", "", "", 0, 0, 0)
+    group = Footer(f"{ROOT}#a.jpg", "", "", "", 0, 0, 0, "b.jpg")
+    assert [found.id for footer in (tar, group) for found in vanished_groups(footer.shard, [footer], [ROOT])] == [
+        group.shard
+    ]

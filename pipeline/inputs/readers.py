@@ -339,7 +339,8 @@ def _parquet_rows(batch: pa.RecordBatch, image: str, key: str | None, first_row:
     paths = unknown
     if pa.types.is_struct(images.type):
         parts = dict(zip([f.name for f in images.type], images.flatten(), strict=True))
-        images, paths = parts["bytes"], _texts(parts["path"]) if "path" in parts else unknown
+        images = parts["bytes"]
+        paths = _texts(parts["path"]) if "path" in parts and _is_text(parts["path"].type) else unknown
     for offset, data in enumerate(images.to_pylist()):
         name = next((k for k in (keys[offset], paths[offset]) if k is not None), str(first_row + offset))
         yield name, _within_limit(data) if data is not None else _null()
@@ -353,6 +354,10 @@ def _texts(values: pa.Array) -> list[str | None]:
     """Values as keys. Files may hold texts that are not UTF-8, which would break off the whole batch."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
+    if isinstance(values, pa.UuidArray):
+        return [None if v is None else str(v) for v in values.to_pylist()]
+    if isinstance(values, pa.ExtensionArray):
+        values = values.storage
     if not _holds_bytes(values.type):
         values = values.cast(pa.string())
     return [None if v is None else v.decode("utf-8", "backslashreplace") for v in values.cast(pa.binary()).to_pylist()]

@@ -65,16 +65,17 @@ def shard_id(url: str) -> str:
 Keep = Callable[[Shard], bool]
 
 
-def discover(config: Input, store: Store, keep: Keep | None = None) -> list[Shard]:
+def discover(config: Input, store: Store, keep: Keep | None = None, output: str | None = None) -> list[Shard]:
     """All shards that the input's URLs list now, each once, sorted by id: the order of URLs and listings is nothing.
 
     `keep` is asked of every shard that is no group, one at a time, and those that it refuses are left out: a plan
-    over millions has room for those to do, but not for all.
+    over millions has room for those to do, but not for all. The parts of the dataset at `output` are never input, even
+    where it lies below an input's folder.
 
     Raises ConfigError for a URL under which there is nothing to read (unless `allow_empty`), for a file that is
     named and cannot be told how to read, for a shard whose URL no dataset can hold, and for two whose ids collide.
     """
-    found = _Found(config, keep)
+    found = _Found(config, keep, output)
     urls = list(dict.fromkeys(_expand_lists(config.urls, store)))
     with ThreadPoolExecutor(LISTINGS_AT_ONCE) as pool:
         empty = [said for said in pool.map(lambda url: found.take(_listing(url, store)), urls) if said]
@@ -109,8 +110,9 @@ def current_fingerprint(shard: Shard, store: Store) -> str:
 class _Found:
     """What listings bring, from several threads at once."""
 
-    def __init__(self, config: Input, keep: Keep | None) -> None:
+    def __init__(self, config: Input, keep: Keep | None, output: str | None) -> None:
         self._config, self._keep = config, keep
+        self._parts = tuple(f"{join(canonical(output), name)}/" for name in ("data", "errors")) if output else ()
         self._kept: list[Shard] = []
         self._urls: dict[str, str] = {}  # of all shards, by id
         self._loose: dict[str, tuple[str, FileInfo]] = {}
@@ -122,7 +124,7 @@ class _Found:
         for file in listing.files:
             listed += 1
             kind = _kind(listing, file, self._config.format)
-            if kind is None:
+            if kind is None or (kind == "parquet" and file.url.startswith(self._parts)):
                 continue
             found += 1
             if kind == "files":

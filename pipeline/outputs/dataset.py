@@ -62,7 +62,7 @@ class Dataset:
         marks = [mark for mark in _marks(_name(file.url) for file in files) if mark.shard_id == shard_id]
         part = self._version(self.path("data", shard_id + PARQUET))
         errors = self._version(self.path("errors", shard_id + PARQUET))
-        return Standing(tuple(marks), part, errors)
+        return Standing(tuple(sorted(marks, key=lambda mark: mark.name)), part, errors)
 
     def read_mark(self, mark: Mark) -> dict[str, Any]:
         """The body of a mark: shard URL, counts, and what it vouches for."""
@@ -89,11 +89,11 @@ class Dataset:
         """What the part and the errors part of a shard say of themselves, from its mark where that vouches for them.
         Files that are not ours, or gone since they were listed, say nothing."""
         if standing.valid_mark is not None:
-            with suppress(NotFound, *NOT_OURS):
+            with suppress(NotFound, SourceChanged, *NOT_OURS):
                 return [Footer(**self.read_mark(standing.valid_mark))]
         found = []
         for folder, version in (("data", standing.part), ("errors", standing.errors)):
-            with suppress(NotFound, *NOT_OURS):
+            with suppress(NotFound, SourceChanged, *NOT_OURS):
                 if version is not None:
                     found.append(self.read_footer(folder, shard_id))
         return found
@@ -119,9 +119,14 @@ class Dataset:
     def error_classes(self, shard_id: str) -> set[str]:
         """The classes that a shard's error rows are of. Reads that one column."""
         found: set[str] = set()
-        with suppress(NotFound), self.errors_part(shard_id) as part:
-            for batch in part.iter_batches(columns=["error"], use_threads=False):
-                found.update(pc.unique(batch["error"]).to_pylist())
+        try:
+            with self.errors_part(shard_id) as part:
+                for batch in part.iter_batches(columns=["error"], use_threads=False):
+                    found.update(pc.unique(batch["error"]).to_pylist())
+        except NotFound:
+            return set()
+        except SourceChanged:  # another run has replaced it meanwhile
+            return self.error_classes(shard_id)
         return found
 
     def identity(self) -> Identity | None:
@@ -148,7 +153,7 @@ class Dataset:
                 return str(self.read_mark(mark)["model_fingerprint"])
         for name, _ in _parts(self.listed("data")):
             is_empty = False
-            with suppress(NotFound, *NOT_OURS):
+            with suppress(NotFound, SourceChanged, *NOT_OURS):
                 return self.read_footer("data", name).model_fingerprint
         return None if is_empty else UNKNOWN
 

@@ -86,7 +86,8 @@ class Standings(Mapping[str, Standing]):
 
     def __getitem__(self, shard_id: str) -> Standing:
         found = self._marks.get(shard_id, "")
-        marks = tuple(Mark(shard_id, *mark.split(".")) for mark in found.split("/")) if found else ()
+        # In an order, since listings have none: what is shown here is compared with what stands later.
+        marks = tuple(Mark(shard_id, *mark.split(".")) for mark in sorted(found.split("/"))) if found else ()
         standing = Standing(marks, self._parts.get(shard_id), self._errors.get(shard_id))
         if standing == Standing():
             raise KeyError(shard_id)

@@ -11,14 +11,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pipeline.errors import translate
+
 PREFIX = "resnet-batch-commit-"
 YOUNG_S = 60.0  # a folder that is younger may not be locked yet
 
 
 @contextmanager
 def workspace() -> Iterator[Path]:
-    """A folder of this process for files that are about to be put elsewhere."""
-    with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
+    """A folder of this process for files that are about to be put elsewhere. Raises what a full disk means."""
+    try:
+        made = tempfile.TemporaryDirectory(prefix=PREFIX)
+    except OSError as cause:
+        raise translate(
+            cause, "make a folder in", os.environ.get("TMPDIR", "the folder for temporary files")
+        ) from cause
+    with made as folder:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)

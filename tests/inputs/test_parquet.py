@@ -94,8 +94,12 @@ def test_a_path_without_bytes_is_never_opened(tmp_path: Path) -> None:
         (pa.array([b"a", b"\xff", b""]), ["a", r"\xff", ""]),
         (pa.array(["a", "b", "c"], pa.string_view()), ["a", "b", "c"]),
         (pa.array([0, 1, 2], pa.timestamp("ns")), [f"1970-01-01 00:00:00.00000000{n}" for n in range(3)]),
+        (
+            pa.array([b"a" * 16, None, b"c" * 16], pa.uuid()),
+            [f"{'61' * 4}-6161-6161-6161-{'61' * 6}", "1", f"{'63' * 4}-6363-6363-6363-{'63' * 6}"],
+        ),
     ],
-    ids=["text", "number", "small", "dictionary", "bytes", "view", "time"],
+    ids=["text", "number", "small", "dictionary", "bytes", "view", "time", "uuid"],
 )
 def test_key_column(tmp_path: Path, values: Any, keys: list[str]) -> None:
     path = parquet(tmp_path, {"id": values, "image": pa.array(JPEGS, pa.large_binary())})

@@ -152,6 +152,16 @@ def test_hidden_files_and_folders_are_skipped_unless_spelled(tmp_path: Path) -> 
     assert names(found(tmp_path / "_temporary", tmp_path / ".e/")) == {"d.tar", "f.tar"}
 
 
+@pytest.mark.parametrize("output", ["labels", "labels/", "."])
+def test_the_parts_of_a_dataset_below_the_input_are_not_input(tmp_path: Path, output: str) -> None:
+    touch(tmp_path, "a.tar", "b.parquet", "labels/c.parquet", "labels/data/d.tar")
+    own = [f"{output}/{name}" for name in ("data/a.tar-1.parquet", "errors/a.tar-1.parquet", "_ledger/a.json")]
+    touch(tmp_path, *own)
+    shards = discover(Input(url=str(tmp_path)), Store(), output=str(tmp_path / output))
+    assert names(shards) == {"a.tar", "b.parquet", "c.parquet", "d.tar"}
+    assert len(found(tmp_path)) == 6, "of any other dataset they are"
+
+
 def test_file_that_several_urls_match_is_one_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "raw/a.tar")
     monkeypatch.chdir(tmp_path)

@@ -5,6 +5,7 @@ After each, one commit without faults makes everything right, and nothing is lef
 
 from __future__ import annotations
 
+import errno
 import io
 import tempfile
 import threading
@@ -22,6 +23,7 @@ import pytest
 from pipeline.config import Storage
 from pipeline.errors import StoreFull, TransientError
 from pipeline.outputs.dataset import Dataset, read_table
+from pipeline.outputs.workspace import workspace
 from pipeline.storage import Store
 from tests.support.disks import small_disk
 from tests.support.pieces import BOTH, IDENTITY, commit, new_dataset, piece, shard_id
@@ -197,6 +199,15 @@ def test_a_claim_survives_any_lost_answer(line: Relay, s3: S3Server, kind: str):
         if rule.times:
             break
     assert number > 5
+
+
+def test_no_room_for_a_temporary_folder_is_a_full_disk(monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object, **__: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with pytest.raises(StoreFull, match=r"cannot make a folder in .*No space.*Free space and run"), workspace():
+        pass
 
 
 def test_a_full_temporary_folder_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

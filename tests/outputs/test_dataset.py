@@ -190,6 +190,15 @@ def test_what_stands_is_the_same_looked_at_whole_and_by_shard(dataset: Dataset):
     assert (standing[shard_id(0)].errors is None, standing[shard_id(1)].errors is None) == (False, True)
 
 
+def test_what_stands_is_the_same_however_a_listing_orders_marks(dataset: Dataset):
+    ledger = Path(dataset.url, "_ledger")
+    ledger.mkdir(parents=True)
+    for name in (f"{shard}.{mark}.{mark}.json" for shard in "abcdefgh" for mark in "321"):
+        (ledger / name).write_text("{}")
+    standing = dataset.standing()
+    assert all(dataset.standing_of(shard) == standing[shard] for shard in "abcdefgh")
+
+
 def test_marks_of_a_longer_id_are_not_a_shards_own(dataset: Dataset):
     """Ids hold dots, and marks are found by the beginning of their name."""
     ledger = Path(dataset.url, "_ledger")
