@@ -21,10 +21,10 @@ from pipeline.inputs.readers import read
 from pipeline.inputs.shards import Shard, discover
 from pipeline.inputs.stream import pixel_blocks
 from pipeline.model.engines import choose_engine
-from pipeline.model.spec import ModelSpec
+from pipeline.model.spec import ModelSpec, result_columns
 from pipeline.model.zoo import resolve, share_cores
 from pipeline.nvjpeg import device_decoder
-from pipeline.rows import Columns, Kind, Row
+from pipeline.rows import Kind, Row
 from pipeline.storage import Store
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def predict_images(images: Any, config: JobConfig) -> pa.Table:
 def preview_samples(config: JobConfig, limit: int) -> pa.Table:
     """See `pipeline.api.preview`."""
     store = Store(config.input_storage)
-    shards = discover(config.input, store)
+    shards = discover(config.input, store, output=config.output.url)
     return _with_urls(list(islice(_samples(shards, config, store), limit)), shards, config, known_spec(config))
 
 
@@ -117,7 +117,7 @@ def _predictor(wanted: _Wanted, engine: str, device: str, batch_size: int, max_p
 
     spec, output = wanted.spec, wanted.output
     info = resolve(spec)
-    columns = Columns(output.predictions, output.embeddings, output.embedding_dtype, info.embedding_dim)
+    columns = result_columns(output, info)
     engine = choose_engine(engine, device, spec.precision)
     settings = PredictorSettings(engine, device, batch_size, output.top_k, columns)
     return ResNetPredictor(spec, info, settings, decode=device_decoder(spec.transform, max_pixels, device))

@@ -18,11 +18,10 @@ from pipeline.errors import ConfigError
 from pipeline.inputs.shards import Shard
 from pipeline.model.engines import choose_engine
 from pipeline.model.predictor import PredictorSettings
-from pipeline.model.spec import ModelInfo, ModelSpec
+from pipeline.model.spec import ModelInfo, ModelSpec, result_columns
 from pipeline.model.tuning import choose_batch_size, remembered_batch_size
 from pipeline.model.zoo import remembered, resolve
 from pipeline.nvjpeg import DeviceDecoder, device_decoder
-from pipeline.rows import Columns
 from pipeline.witness import RayNotes, Witness, wait_for
 
 log = logging.getLogger(__name__)
@@ -98,7 +97,7 @@ def begin_preparing(config: JobConfig, spec: ModelSpec, cluster: Cluster, shards
     def job() -> Job:
         settled, output, runtime = wait(), config.output, config.runtime
         actors = runtime.actors if runtime.actors != "auto" else (cluster.num_gpus if num_gpus else cluster.num_nodes)
-        columns = Columns(output.predictions, output.embeddings, output.embedding_dtype, settled.info.embedding_dim)
+        columns = result_columns(output, settled.info)
         settings = PredictorSettings(settled.engine, settled.device, settled.batch_size, output.top_k, columns)
         return Job(config, settled.spec, settled.info, settings, actors, num_gpus)
 

@@ -66,5 +66,5 @@ def full_weights_name(name: str, weights: str) -> str:
         return f"{known.weights_class}.{member}"
     raise ConfigError(
         f"model.weights: {name} has no weights {weights!r}. Possible: {' or '.join(known.resize)} (torchvision's),"
-        " a path or URL that ends in .pth, .pt, .th or .safetensors, or random."
+        " a path or URL that ends in .pth, .pt, .th, .ckpt, .bin, .tar or .safetensors, or random."
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from pipeline.errors import ConfigError, clean
 
 Executed = list[tuple[nn.Linear, Any]]  # each with its input, in order
 
+ROW_TOLERANCE = 1e-3  # of the greatest value of a row; some 1e-6 is usual
 PROBE_SIZES = (224, 32, 64, 96, 28)  # pixels; tried in turn where the transform sets no size
 
 
@@ -30,6 +32,7 @@ class Head:
     num_classes: int  # C, of what the whole network returns
     embedding_dim: int  # D
     input_size: int  # height and width that the network ran with
+    is_contiguous: bool = False  # whether the network insists on NCHW in memory, as `view` may
 
 
 class Network(nn.Module):
@@ -56,6 +59,8 @@ class Network(nn.Module):
             x = x - self.mean
         if self.std is not None:
             x = x / self.std
+        if self.head.is_contiguous:
+            x = x.contiguous()
         self._inputs.clear()
         logits = self.body(x)
         embedding = self._inputs[-1]
@@ -76,7 +81,7 @@ def find_head(body: nn.Module, input_size: int | None, name: str) -> Head:
     Raises ConfigError if the network does not run, executes no such layer, gives it or returns anything else than
     one row per image.
     """
-    size, output, executed = _probe(body, (input_size,) if input_size else PROBE_SIZES, name)
+    (size, is_contiguous), output, executed = _probe(body, (input_size,) if input_size else PROBE_SIZES, name)
     if not executed:
         raise ConfigError(
             f"the network {name} executes no nn.Linear, so it has no pooled embedding: the input of its last one is"
@@ -86,7 +91,23 @@ def find_head(body: nn.Module, input_size: int | None, name: str) -> Head:
     linear_name = next(found for found, module in body.named_modules() if module is linear)
     num_classes = _width(output, f"the network {name} returns")
     embedding_dim = _width(embedding, f"the network {name} gives its last nn.Linear, {linear_name},")
-    return Head(linear, linear_name, num_classes, embedding_dim, size)
+    return Head(linear, linear_name, num_classes, embedding_dim, size, is_contiguous)
+
+
+def check_rows(network: Network, name: str) -> None:
+    """ConfigError where an image's results depend on the images beside it, or on chance: they would change with how
+    images are batched."""
+    side = network.head.input_size
+    noise = torch.randint(0, 256, (4, side, side, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    with torch.inference_mode():
+        beside = [network(noise[[0, 1, other]]) for other in (2, 3)]  # of two rows, each is one standard deviation away
+    for one, two in zip(*beside, strict=True):
+        difference = (one[0] - two[0]).abs().max()
+        if difference > ROW_TOLERANCE * one[0].abs().max():
+            raise ConfigError(
+                f"the network {name} gives an image other numbers beside other images, or by chance. Give its batch"
+                " norms running statistics (track_running_stats=True), and let dropout depend on self.training."
+            )
 
 
 def _width(found: Any, what: str) -> int:
@@ -99,13 +120,15 @@ def _width(found: Any, what: str) -> int:
     )
 
 
-def _probe(body: nn.Module, sizes: Sequence[int], name: str) -> tuple[int, Any, Executed]:
-    """The first of `sizes` that the network runs with, its output, and the linear layers that it executed."""
+def _probe(body: nn.Module, sizes: Sequence[int], name: str) -> tuple[tuple[int, bool], Any, Executed]:
+    """The first of `sizes`, and whether contiguous, that the network runs with, its output, and the linear layers that
+    it executed."""
     failure: Exception | None = None
-    for size in sizes:
+    for size, is_contiguous in product(sizes, (False, True)):
+        images = torch.zeros(2, size, size, 3).permute(0, 3, 1, 2)  # as `Network.forward` gives them
         with torch.inference_mode(), _recorded_linears(body) as executed:
             try:
-                return size, body(torch.zeros(2, 3, size, size)), executed
+                return (size, is_contiguous), body(images.contiguous() if is_contiguous else images), executed
             except Exception as error:  # noqa: BLE001 - a custom network may raise anything; reported below
                 failure = failure or error
     raise ConfigError(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import ConfigError, WeightsError, clean
+from pipeline.errors import ConfigError, WeightsError, clean, redact
 from pipeline.model.cache import cache_directory, fetch, lock, new_folder
 from pipeline.model.engines import Pixels, Rows, num_cores
 from pipeline.model.spec import ModelInfo, ModelSpec, Quantised
@@ -217,19 +217,34 @@ def _check_agreement(network: Network, model: Any, spec: ModelSpec) -> None:
     import torch
 
     side = network.head.input_size
-    engine = OpenVinoEngine(compiled(model.clone(), "f32", num_cores()))
+    differs = (
+        f"runtime.engine: openvino does not compute what torch does with the network {spec.name}, perhaps because what"
+        " it does depends on its input, or on how many images there are. Use runtime.engine=eager."
+    )
+    # Three images, since two were traced: what the network makes of their number would be frozen as well.
     noise = np.random.default_rng(0).integers(0, 256, (3, side + 32, side, 3), np.uint8)
-    for pixels in [noise[:2, :side]] if spec.transform.crop else [noise[:2, :side], noise]:
+    engine = None
+    for pixels in [noise[:, :side]] if spec.transform.crop else [noise[:, :side], noise]:
         try:
             with torch.inference_mode():
-                expected = [rows.numpy() for rows in network(torch.from_numpy(pixels))]
-        except RuntimeError:
-            if len(pixels) == 2:
+                expected = [rows.numpy() for rows in network(torch.from_numpy(pixels.copy()))]
+        except Exception:
+            if engine is None:
                 raise
             continue  # a network that takes one size only: torch refuses others at run time as well
-        for found, wanted in zip(engine(pixels), expected, strict=True):
-            if not np.abs(found - wanted).max() <= TOLERANCE * np.abs(wanted).max():
-                raise ConfigError(
-                    f"runtime.engine: openvino does not compute what torch does with the network {spec.name}, perhaps"
-                    " because what it does depends on its input. Use runtime.engine=eager."
-                )
+        if not all(np.isfinite(rows).all() for rows in expected):
+            raise WeightsError(
+                f"the network {spec.name} returns numbers that are not finite, in torch as well: its weights"
+                f" ({redact(spec.weights.reference) or spec.weights.kind}) are damaged, or training has diverged."
+            )
+        try:
+            engine = engine or OpenVinoEngine(compiled(model.clone(), "f32", num_cores()))
+            found = engine(pixels)
+        except RuntimeError as error:
+            raise ConfigError(f"{differs} OpenVINO says: {clean(error)}") from error
+        if not all(_agree(*rows) for rows in zip(found, expected, strict=True)):
+            raise ConfigError(differs)
+
+
+def _agree(found: Rows, wanted: Rows) -> bool:
+    return found.shape == wanted.shape and bool(np.abs(found - wanted).max() <= TOLERANCE * np.abs(wanted).max())

@@ -23,13 +23,15 @@ from typing import Any
 
 import pipeline
 from pipeline.config import digest
-from pipeline.errors import ConfigError, clean
+from pipeline.errors import ConfigError, PipelineError, clean
 from pipeline.model.cache import cache_directory, lock, new_folder
 
 OWN_FOLDER = Path(pipeline.__file__).parent.parent
 
 # What a network's code may read, apart from its own files and the packages that it imports by name.
 OPAQUE = {"__import__", "environ", "eval", "exec", "getenv", "importlib", "open", "read_bytes", "read_text"}
+OPAQUE |= {"from_pretrained", "fromfile", "genfromtxt", "load", "load_file", "loadtxt", "memmap", "read_csv"}
+OPAQUE |= {"load_state_dict_from_url"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ def load_callable(source: Source) -> Callable[..., Any]:
                 " process uses already. Rename yours."
             )
         found = reduce(getattr, source.callable.split("."), module)
-    except (ImportError, AttributeError, SyntaxError) as error:
+    except PipelineError:
+        raise
+    except Exception as error:  # whatever a module does as it is imported
         raise ConfigError(
             f"model.name: cannot import {name} on this node: {clean(error)}. Only the .py files of its own package"
             " (or of its folder, for a single file) travel; install what else it needs on every node."

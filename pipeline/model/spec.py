@@ -7,15 +7,16 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pipeline.config import JobConfig, Model, Precision, Storage, Transform, digest
+from pipeline.config import JobConfig, Model, Output, Precision, Storage, Transform, digest
 from pipeline.errors import ConfigError
 from pipeline.model.cache import fetch, file_sha256
 from pipeline.model.catalog import ARCHITECTURES, NUM_IMAGENET_CLASSES, architecture, full_weights_name
 from pipeline.model.classes import check_count, class_names, find_file
 from pipeline.model.source import Source, locate
+from pipeline.rows import Columns
 from pipeline.storage import is_local, local_path
 
-FILE_SUFFIXES = (".pth", ".pt", ".th", ".safetensors")
+FILE_SUFFIXES = (".pth", ".pt", ".th", ".ckpt", ".bin", ".tar", ".safetensors")  # .pth.tar among them
 
 # Part of every fingerprint: raise it when the same settings begin to mean other numbers, as they would if EXIF
 # orientation were no longer applied. Datasets written before are then refused rather than mixed.
@@ -97,6 +98,21 @@ class ModelInfo:
         return self.transform.crop
 
 
+def suffix_of(url: str) -> str:
+    """Of a path or URL, such as `.pth`."""
+    return PurePosixPath(urlsplit(url).path if "://" in url else url).suffix
+
+
+def result_columns(output: Output, info: ModelInfo) -> Columns:
+    """Raises ConfigError where a network can't tell classes apart."""
+    if output.predictions and info.num_classes == 1:
+        raise ConfigError(
+            "output.predictions: the network has one class, so every image would be of it, with the score 1. Give the"
+            " network two logits, for no and yes, or set output.predictions=false for embeddings alone."
+        )
+    return Columns(output.predictions, output.embeddings, output.embedding_dtype, info.embedding_dim)
+
+
 def make_spec(config: JobConfig) -> ModelSpec:
     """Find and check the model of a job. Reads the weights file once to hash it, unless `model.sha256` is given.
 
@@ -148,7 +164,7 @@ def _weights(config: JobConfig) -> WeightsRef:
     model = config.model
     if model.weights == "random":
         return WeightsRef("random", seed=model.seed)
-    if PurePosixPath(urlsplit(model.weights).path).suffix in FILE_SUFFIXES:
+    if suffix_of(model.weights) in FILE_SUFFIXES:
         return _weights_file(config)
     if model.is_custom:
         raise ConfigError(

@@ -99,7 +99,9 @@ def load_eager(spec: ModelSpec, device: str, threads: int | None) -> TorchEngine
     """The network as it is, in channels_last. Sets threads and arithmetic, which torch keeps per process."""
     _prepare(device, threads)
     dtype = DTYPES.get(spec.precision)
-    network = build(spec).to(torch.device(device), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = build(spec)
+    layout = None if network.head.is_contiguous else torch.channels_last
+    network = network.to(torch.device(device), memory_format=layout)  # type: ignore[call-overload]
     if dtype is not None:
         _convert_weights(network, dtype)
     return TorchEngine(network, torch.device(device), dtype)
@@ -161,10 +163,11 @@ def compile_options(device: str, size: int | None) -> dict[str, Any]:
 def _convert_weights(network: nn.Module, dtype: torch.dtype) -> None:
     """Convert the weights that autocast would convert for every batch. The numbers are the same.
 
-    Not those of layers derived from these, which may do more with their weights than autocast knows of.
+    Not those of layers derived from these, or with hooks that make their weights (weight_norm), which may do more with
+    them than autocast knows of; nor those of linear layers, around which heads like to switch autocast off.
     """
     for module in network.modules():
-        if type(module) in (nn.Conv2d, nn.Linear):
+        if type(module) is nn.Conv2d and not module._forward_pre_hooks:
             module.to(dtype)
 
 

@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from pipeline.errors import WeightsError, clean, redact
 from pipeline.model.cache import check_sha256, fetch, file_sha256, lock
-from pipeline.model.spec import ModelSpec
+from pipeline.model.spec import ModelSpec, suffix_of
 from pipeline.storage import is_local
 
 StateDict = dict[str, Tensor]
 
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "module", "weights")
 PREFIXES = ("module.", "_orig_mod.", "model.")
+COUNTERS = ("num_batches_tracked", "n_averaged")
 SHOWN_KEYS = 10
 DOWNLOAD_TIMEOUT_S = 60.0
 
@@ -93,7 +94,7 @@ def _read(path: Path, reference: str, sha256: str | None) -> bytes:
 def parse(data: bytes, source: str) -> StateDict:
     """The tensors in the bytes of a .safetensors file or of a torch checkpoint, wrappers removed."""
     name = redact(source)
-    if name.endswith(".safetensors"):
+    if suffix_of(source) == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load
 
@@ -182,9 +183,15 @@ def _without_prefix(key: str) -> str:
 def fill(network: nn.Module, state: StateDict, name: str) -> None:
     """Copy the tensors into the network. WeightsError that lists what differs unless they fit exactly."""
     own = network.state_dict()
-    # BatchNorm's counter is absent in old checkpoints, and inference doesn't need it.
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in own]
+    # Counters of BatchNorm and of averaged networks may be there or not: inference doesn't need them. Of tensors under
+    # several names some formats store one.
+    stored = {own[key].data_ptr() for key in own if key in state}
+    missing = [
+        key
+        for key, value in own.items()
+        if key not in state and not key.endswith(COUNTERS) and value.data_ptr() not in stored
+    ]
+    unexpected = [key for key in state if key not in own and not key.endswith(COUNTERS)]
     shapes = [
         f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
         for key, value in own.items()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import Transform, digest
 from pipeline.errors import ConfigError, PipelineError, clean
 from pipeline.model.cache import cache_directory, file_sha256, new_file
+from pipeline.model.catalog import NUM_IMAGENET_CLASSES
 from pipeline.model.classes import check_count
 from pipeline.model.source import installed_packages, is_closed, load_callable
 from pipeline.model.spec import ModelInfo, ModelSpec, noop_info
@@ -74,13 +75,19 @@ def build(spec: ModelSpec) -> Network:
 def resolve(spec: ModelSpec) -> ModelInfo:
     """What is to be known of the model besides its spec. Builds the network unless this node remembers it.
 
-    Raises ConfigError if there is not one class name for every class; else as `build`.
+    Raises ConfigError if there is not one class name for every class, or if a row of the results depends on others;
+    else as `build`.
     """
     known = remembered(spec)
     if known is not None:
         return known
-    head, classes = build(spec).head, spec.classes or _imagenet_names(spec)
+    share_cores()
+    from pipeline.model.network import check_rows
+
+    network, classes = build(spec), spec.classes or _imagenet_names(spec)
+    head = network.head
     check_count(classes, head.num_classes)
+    check_rows(network, spec.name)
     info = ModelInfo(head.num_classes, classes, spec.transform, head.embedding_dim)
     path = _info_path(spec)
     if path is not None:
@@ -168,6 +175,8 @@ def _maker(spec: ModelSpec) -> Callable[[int | None], nn.Module]:
     if spec.source is not None:
         factory = load_callable(spec.source)
         takes = _takes_num_classes(factory)
+        if spec.weights.kind == "file" and _needs_num_classes(factory):  # until the file's head is seen
+            factory = partial(factory, num_classes=NUM_IMAGENET_CLASSES)
     else:
         from torchvision import models
 
@@ -180,6 +189,11 @@ def _maker(spec: ModelSpec) -> Callable[[int | None], nn.Module]:
 def _takes_num_classes(factory: Callable[..., Any]) -> bool:
     parameters = inspect.signature(factory).parameters
     return "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _needs_num_classes(factory: Callable[..., Any]) -> bool:
+    parameter = inspect.signature(factory).parameters.get("num_classes")
+    return parameter is not None and parameter.default is parameter.empty
 
 
 def _make(factory: Callable[[], Any], spec: ModelSpec) -> nn.Module:
@@ -199,4 +213,6 @@ def _make(factory: Callable[[], Any], spec: ModelSpec) -> nn.Module:
             ) from error
     if not isinstance(body, torch.nn.Module):
         raise ConfigError(f"model.name: {spec.name} returned a {type(body).__name__}, not an nn.Module.")
-    return body.eval()
+    if any(isinstance(parameter, torch.nn.parameter.UninitializedParameter) for parameter in body.parameters()):
+        raise ConfigError(f"model.name: {spec.name} has lazy layers. Run it once in the callable, or give their sizes.")
+    return body.cpu().eval()  # some put themselves on the GPU

@@ -152,7 +152,7 @@ def test_a_custom_network_gets_imagenets(job, tmp_path: Path):
         ({"name": "resnet18"}, r"resnet18 has no weights 'IMAGENET1K_V2'. Possible: IMAGENET1K_V1 \(torchvision's\)"),
         ({"weights": "nowhere.pth"}, "model.weights: there is no file .*/nowhere.pth"),
         ({"weights": "file:///nowhere.pth"}, "model.weights: there is no file /nowhere.pth"),
-        ({"weights": "net.onnx"}, r"\.pth, \.pt, \.th or \.safetensors, or random"),
+        ({"weights": "net.onnx"}, r"\.pth, \.pt, \.th, \.ckpt, \.bin, \.tar or \.safetensors, or random"),
         ({"num_classes": 10}, "ResNet50_Weights.IMAGENET1K_V2 has 1000 classes, not 10"),
         ({"classes": ["a", "b"]}, "2 names for 1000 classes"),
         ({"weights": "random", "num_classes": 3, "classes": ["a", "b"]}, "2 names for 3 classes"),

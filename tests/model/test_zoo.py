@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torchvision.models import get_model, get_weight
 
-from pipeline.config import Transform
+from pipeline.config import Output, Transform
 from pipeline.errors import ConfigError, WeightsError
 from pipeline.model.catalog import ARCHITECTURES
-from pipeline.model.spec import ModelSpec, make_spec
+from pipeline.model.engines import load_engine
+from pipeline.model.spec import ModelSpec, make_spec, result_columns
 from pipeline.model.zoo import build, cache_key, get_resnet, resolve
 from tests.model.helpers import discriminating_state, normalised, output_of, photographs, python
 
@@ -271,9 +272,105 @@ def test_a_custom_networks_class_count(custom, tmp_path: Path):
         resolve(custom(fixed, "net:make", weights="three.pth"))
 
 
+def test_a_callable_that_must_be_told_its_classes_is_told_those_of_the_checkpoint(custom, tmp_path: Path):
+    state = {"conv.weight": torch.rand(6, 3, 3, 3), "conv.bias": torch.rand(6)}
+    torch.save(state | {"fc.weight": torch.rand(3, 6), "fc.bias": torch.rand(3)}, tmp_path / "three.pth.tar")
+    must = FUNCTIONAL + "\ndef make(num_classes):\n    return Net(num_classes)\n"
+    assert resolve(custom(must, "net:make", weights="three.pth.tar")).num_classes == 3
+    assert resolve(custom(must, "net:make", weights="three.pth.tar", num_classes=3)).num_classes == 3
+
+
+@pytest.mark.parametrize("engine", ["eager", "openvino"])
+def test_networks_that_view_their_maps_as_they_lie_in_memory(custom, engine: str):
+    spec = custom("""
+        def Net():
+            class View(nn.Module):
+                def forward(self, x):
+                    return x.view(x.size(0), -1)
+            return nn.Sequential(nn.Conv2d(3, 6, 3, stride=16), nn.ReLU(), View(), nn.Linear(96, 5))
+    """)
+    assert resolve(spec).embedding_dim == 96
+    found = load_engine(engine, spec, resolve(spec), "cpu", 3)(PIXELS)
+    for rows, expected in zip(found, run(spec), strict=True):
+        np.testing.assert_allclose(rows, expected, rtol=1e-4, atol=1e-4)
+    body = build(spec).body
+    with torch.inference_mode():
+        plain = body(normalised(PIXELS))
+    np.testing.assert_allclose(found[0], plain.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        "return self.fc(self.features(x).view(len(x), -1))",
+        "y = self.conv(x)\n        return self.fc(y.view(len(x), 6, -1).mean(2))",
+    ],
+)
+def test_a_number_of_images_that_tracing_froze_is_noticed(custom, forward: str):
+    spec = custom(f"class Net(Base):\n    def forward(self, x):\n        {forward}\n")
+    with pytest.raises(ConfigError, match="openvino does not compute what torch does .* how many images"):
+        load_engine("openvino", spec, resolve(spec), "cpu", 8)
+    assert np.isfinite(load_engine("eager", spec, resolve(spec), "cpu", 3)(PIXELS)[0]).all()
+
+
+def test_a_network_that_asserts_its_size_is_converted_for_that(custom):
+    text = """
+        class Net(Base):
+            def forward(self, x):
+                assert x.shape[2] == x.shape[3] == 224
+                return self.fc(self.features(x))
+    """
+    spec = custom(text, transform={"resize": None, "crop": None})
+    assert load_engine("openvino", spec, resolve(spec), "cpu", 1).streams == 1
+
+
+def test_weights_that_have_diverged_are_not_blamed_on_openvino(custom, tmp_path: Path):
+    state = {"conv.weight": torch.rand(6, 3, 3, 3), "conv.bias": torch.full((6,), torch.nan)}
+    torch.save(state | {"fc.weight": torch.rand(3, 6), "fc.bias": torch.rand(3)}, tmp_path / "nan.pth")
+    spec = custom(FUNCTIONAL, weights="nan.pth")
+    with pytest.raises(WeightsError, match=r"not finite, in torch as well: its weights .*nan.pth"):
+        load_engine("openvino", spec, resolve(spec), "cpu", 1)
+
+
+def test_heads_that_switch_autocast_off_run_in_reduced_precision(custom):
+    spec = custom(
+        """
+        class Net(Base):
+            def forward(self, x):
+                x = self.features(x)
+                with torch.autocast("cpu", enabled=False):
+                    return self.fc(x.float())
+        """,
+        precision="bfloat16",
+    )
+    logits, _ = load_engine("eager", spec, resolve(spec), "cpu", 3)(PIXELS)
+    np.testing.assert_allclose(logits, run(spec)[0], atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["x = F.dropout(x, 0.5)", "x = (x - x.mean(0)) / x.std(0)", "x = x + torch.rand(1)"],
+    ids=lambda line: line[4:13],
+)
+def test_rows_that_depend_on_their_neighbours_or_on_chance_are_refused(custom, line: str):
+    text = "class Net(Base):\n    def forward(self, x):\n        x = self.features(x)\n        {}\n        return self.fc(x)\n"
+    assert resolve(custom(text.format("pass"))).num_classes == 5
+    with pytest.raises(ConfigError, match=r"other numbers beside other images, or by chance"):
+        resolve(custom(text.format(line)))
+
+
+def test_one_class_is_no_prediction(custom):
+    info = resolve(custom(FUNCTIONAL, num_classes=1))
+    with pytest.raises(ConfigError, match=r"one class, so every image would be of it.*output.predictions=false"):
+        result_columns(Output(url="out"), info)
+    assert result_columns(Output(url="out", predictions=False), info).embedding_dim == 6
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("raise KeyError('A_VARIABLE')\ndef Net():\n    pass", "cannot import net:Net on this node: .*A_VARIABLE"),
+        ("def Net():\n    return nn.Sequential(nn.Flatten(), nn.LazyLinear(3))", "has lazy layers"),
         ("def Net(depth):\n    return Base()", "calling net:Net failed with TypeError: .*missing 1 required"),
         ("def Net():\n    return 3", "returned a int, not an nn.Module"),
         ("def Net():\n    return Base().no_such", "calling net:Net failed with AttributeError"),
