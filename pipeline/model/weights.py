@@ -29,7 +29,7 @@ from pipeline.storage import is_local
 StateDict = dict[str, Tensor]
 
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "module", "weights")
-PREFIXES = ("module.", "_orig_mod.", "model.")
+PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.")
 COUNTERS = ("num_batches_tracked", "n_averaged")
 SHOWN_KEYS = 10
 DOWNLOAD_TIMEOUT_S = 60.0

@@ -94,7 +94,18 @@ def test_safetensors():
 
 @pytest.mark.parametrize(
     "prefix",
-    ["module.", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module.", "module.module.", "model.module."],
+    [
+        *(
+            "module.",
+            "_orig_mod.",
+            "model.",
+            "module._orig_mod.",
+            "_orig_mod.module.",
+            "module.module.",
+            "model.module.",
+        ),
+        *("net.", "network.", "module.net."),
+    ],
 )
 def test_prefixes_of_wrappers_come_off(prefix: str):
     assert_is_the_network(saved({"state_dict": prefixed(prefix)}))
@@ -107,6 +118,16 @@ def test_prefixes_that_are_the_networks_own_stay():
         state = {prefix + key: value for key, value in values.items()}
         assert match_keys(state, own).keys() == own
     assert match_keys({"module.a": torch.ones(1), "a": torch.ones(1)}, {"a"}).keys() == {"module.a", "a"}
+
+
+def test_counters_and_second_names_of_tensors_may_be_left_out_or_too_many():
+    tied = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    state = {key: torch.rand_like(value) for key, value in tied.state_dict().items() if key != "1.weight"}
+    fill(tied, state | {"n_averaged": torch.tensor(3), "2.num_batches_tracked": torch.tensor(1)}, "net.safetensors")
+    assert torch.equal(tied[1].weight, state["0.weight"])
+    with pytest.raises(WeightsError, match="1 missing in the weights: 1.bias"):
+        fill(tied, {key: value for key, value in state.items() if key != "1.bias"}, "net.safetensors")
 
 
 def test_old_checkpoints_without_batch_counters_fit():
