@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pipeline.model.network import Network
+
+log = logging.getLogger(__name__)
 
 PRETRAINED = {18: "IMAGENET1K_V1", 34: "IMAGENET1K_V1", 50: "IMAGENET1K_V2", 101: "IMAGENET1K_V2", 152: "IMAGENET1K_V2"}
 
@@ -88,6 +91,12 @@ def resolve(spec: ModelSpec) -> ModelInfo:
     head = network.head
     check_count(classes, head.num_classes)
     check_rows(network, spec.name)
+    if head.linear.out_features != head.num_classes:
+        log.warning(
+            "model.name: the embedding is what %s is given, the last nn.Linear that %s executes. That is no head, as it"
+            " returns %d numbers for %d classes: see to it that the pooled features are what goes into it",
+            *(head.name, spec.name, head.linear.out_features, head.num_classes),
+        )
     info = ModelInfo(head.num_classes, classes, spec.transform, head.embedding_dim)
     path = _info_path(spec)
     if path is not None:

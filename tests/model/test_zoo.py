@@ -359,6 +359,21 @@ def test_rows_that_depend_on_their_neighbours_or_on_chance_are_refused(custom, l
         resolve(custom(text.format(line)))
 
 
+def test_a_last_linear_layer_that_is_no_head_is_said(custom, caplog: pytest.LogCaptureFixture):
+    text = """
+        class Net(Base):
+            def forward(self, x):
+                x = F.relu(self.conv(x))
+                x = x * torch.sigmoid(self.fc(x.mean((2, 3)))).mean(1)[:, None, None, None]
+                return x.mean((2, 3)) @ torch.ones(6, 7)
+    """
+    assert resolve(custom(text)).num_classes == 7
+    assert "the embedding is what fc is given, the last nn.Linear that net:Net executes" in caplog.text
+    caplog.clear()
+    resolve(custom(FUNCTIONAL))
+    assert caplog.text == ""
+
+
 def test_one_class_is_no_prediction(custom):
     info = resolve(custom(FUNCTIONAL, num_classes=1))
     with pytest.raises(ConfigError, match=r"one class, so every image would be of it.*output.predictions=false"):
