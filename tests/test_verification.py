@@ -440,3 +440,22 @@ def test_a_store_that_is_down_is_no_damage(dataset: Dataset):
 
     with pytest.raises(StoreUnavailable):
         verify_dataset(dataset.url, Down())
+
+
+def test_a_part_that_is_replaced_meanwhile_is_not_called_damaged(dataset: Dataset):
+    replace = changed_rows(lambda rows: rows.slice(1))
+
+    class Meanwhile(Store):
+        replaced = 0
+
+        def open(self, url: str, version: str | None = None, read_ahead: bool = True) -> BinaryIO:
+            if url.endswith(f"data/{part(dataset).name}") and not Meanwhile.replaced:
+                Meanwhile.replaced += 1
+                replace(dataset)
+            return super().open(url, version, read_ahead)
+
+    (problem,) = verify_dataset(dataset.url, Meanwhile()).problems
+    assert "it changed while it was checked, verify again" in problem
+    problems = verify_dataset(dataset.url, Store()).problems
+    assert problems
+    assert not any("changed while" in problem for problem in problems), "it stays damaged"
