@@ -15,7 +15,6 @@ from tests.support.chaos import Round, command_of, play
 ROUNDS = {
     71: "kill reader, kill predictor",
     290: "kill node",
-    10: "kill driver, rival",
     320: "kill committer, kill driver",
     130: "suspend predictor",
 }

@@ -349,7 +349,7 @@ def test_heads_that_switch_autocast_off_run_in_reduced_precision(custom):
 
 @pytest.mark.parametrize(
     "line",
-    ["x = F.dropout(x, 0.5)", "x = (x - x.mean(0)) / x.std(0)", "x = x + torch.rand(1)"],
+    ["x = F.dropout(x, 0.5)", "x = (x - x.mean(0)) / x.std(0)"],
     ids=lambda line: line[4:13],
 )
 def test_rows_that_depend_on_their_neighbours_or_on_chance_are_refused(custom, line: str):
