@@ -57,7 +57,7 @@ def _score(report: RunReport, plan: Plan, dataset: Dataset) -> dict[str, float]:
     sizes = [task.shard.size for task in plan.tasks]
     try:
         prediction = json.loads(dataset.store.read(dataset.path(*PREDICTION)))
-        if not is_about(prediction, sizes, report.model_fingerprint):
+        if not isinstance(prediction, dict) or not is_about(prediction, sizes, report.model_fingerprint):
             return {}
         return score(prediction, report.seconds, report.images_per_s)
     except NotFound:

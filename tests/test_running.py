@@ -1,0 +1,44 @@
+"""How a run ends, where what it committed stands."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import AccessDenied, StoreUnavailable
+from pipeline.estimation import PREDICTION
+from pipeline.outputs.dataset import Dataset
+from pipeline.planning import Plan
+from pipeline.report import RunReport
+from pipeline.running import _leave, _score
+from pipeline.storage import Store
+
+
+@pytest.mark.parametrize("failure", [AccessDenied("expired"), StoreUnavailable("down")])
+def test_a_store_that_fails_after_the_last_commit_fails_no_run(
+    failure: Exception, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(Store):
+        def read(self, url: str, version: str | None = None) -> bytes:
+            raise failure
+
+        def put(self, url: str, data: bytes | Path) -> str:
+            raise failure
+
+    dataset, report = Dataset(str(tmp_path), Failing()), RunReport("run", str(tmp_path))
+    caplog.set_level(logging.WARNING)
+    assert _score(report, Plan([]), dataset) == {}
+    _leave(report, dataset)
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "the prediction is not scored",
+        "this run leaves no report.json",
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "no JSON", "[]", "{}"])
+def test_a_damaged_prediction_is_not_scored(text: str, tmp_path: Path) -> None:
+    dataset = Dataset(str(tmp_path), Store())
+    dataset.store.put(dataset.path(*PREDICTION), text.encode())
+    assert _score(RunReport("run", str(tmp_path)), Plan([]), dataset) == {}
