@@ -13,10 +13,10 @@ import pytest
 
 import pipeline
 from pipeline.config import make_config
-from pipeline.errors import ConfigError, ModelMismatch
+from pipeline.errors import ConfigError, ModelMismatch, NotFound, SourceChanged
 from pipeline.examples.tars import write_tar
 from pipeline.outputs.dataset import Dataset
-from pipeline.recomputing import differences, recompute
+from pipeline.recomputing import _pick, differences, recompute
 from pipeline.storage import Store
 from tests.support.datasets import commit_all, names, part, rewrite, set_column, vouch
 from tests.support.jobs import digits_config, digits_tars
@@ -134,6 +134,19 @@ def test_a_sample_opens_a_few_parts_and_not_all(tmp_path: Path):
     found = recompute(dataset, footers, 2, config)
     assert (found.sampled, found.agreed) == (2, 2)
     assert len({url for url in opened if url.endswith(".parquet")}) == 2
+
+
+@pytest.mark.parametrize("gone", [NotFound("gone"), SourceChanged("replaced")])
+def test_a_part_that_a_run_replaces_meanwhile_is_passed_over(dataset: Dataset, gone: Exception):
+    class Beside(Store):
+        def open(self, url: str, version: str | None = None, read_ahead: bool = True) -> BinaryIO:
+            if url.endswith(part(dataset).name):
+                raise gone
+            return super().open(url, version, read_ahead)
+
+    rows, mean = _pick(Dataset(dataset.url, Beside()), names(dataset), 30)
+    assert {row["shard"].rpartition("/")[2] for row in rows} == {"digits-001.tar", "digits-002.tar"}
+    assert mean is not None
 
 
 def test_without_a_config_the_last_run_tells_it(job: dict[str, Any], dataset: Dataset, monkeypatch: pytest.MonkeyPatch):
