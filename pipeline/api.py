@@ -1,4 +1,5 @@
-"""The verbs, as Python functions with the names that the command line has."""
+"""The verbs, as Python functions with the names that the command line has; but `errors` is `dead_letters` here, and
+`run --limit` is `preview`. `read` and `predict` have no command."""
 
 from __future__ import annotations
 
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pipeline.config import JobConfig, load_config, make_config
+from pipeline.error_classes import choose_classes
 from pipeline.errors import ConfigError
 from pipeline.storage import Store
 
 if TYPE_CHECKING:
     from pipeline.error_rows import DeadLetters
+    from pipeline.outputs.dataset import Dataset
     from pipeline.overview import Status
     from pipeline.planning import Plan
     from pipeline.pruning import Pruned
@@ -31,6 +34,14 @@ def _load(config: Config) -> JobConfig:
     if isinstance(config, JobConfig):
         return config
     return make_config(config) if isinstance(config, Mapping) else load_config(config)
+
+
+def _dataset(url: str, config: Config | None) -> tuple[Dataset, JobConfig | None]:
+    """The dataset at a URL, in the store of this config if one is given; and the config."""
+    from pipeline.outputs.dataset import Dataset
+
+    job = _load(config) if config is not None else None
+    return Dataset(url, Store(job.output_storage) if job is not None else Store()), job
 
 
 def run(config: Config, retry_errors: Iterable[str] | str = ()) -> RunReport:
@@ -87,7 +98,7 @@ def status(url: str, config: Config | None = None) -> Status:
     """
     from pipeline.overview import read_status
 
-    return read_status(url, _store(config), _load(config) if config is not None else None)
+    return read_status(*_dataset(url, config))
 
 
 def dead_letters(
@@ -103,14 +114,12 @@ def dead_letters(
     `<shard id>/<index>-<end of its key>`; source shards are found with the config of the last run, or the given one.
     """
     from pipeline.error_rows import count_errors, export_errors
-    from pipeline.outputs.dataset import Dataset
 
-    job = _load(config) if config is not None else None
-    dataset = Dataset(url, Store(job.output_storage) if job is not None else Store())
-    classes = [classes] if isinstance(classes, str) else list(classes)
-    found = count_errors(dataset, classes)
+    dataset, job = _dataset(url, config)
+    chosen = choose_classes(classes)
+    found = count_errors(dataset, chosen)
     if export is not None:
-        found.export = export_errors(dataset, found, export, limit, classes, job)
+        found.export = export_errors(dataset, found, export, limit, chosen, job)
     return found
 
 
@@ -118,20 +127,18 @@ def verify(url: str, sample: int = 0, config: Config | None = None) -> Verificat
     """Check a dataset from the outside: marks against parts, footers against rows, no row twice, nothing missing."""
     from pipeline.verification import verify_dataset
 
-    return verify_dataset(url, _store(config), sample, _load(config) if config is not None else None)
-
-
-def _store(config: Config | None) -> Store:
-    return Store(_load(config).output_storage) if config is not None else Store()
+    dataset, job = _dataset(url, config)
+    return verify_dataset(dataset, sample, job)
 
 
 def read(
     url: str, columns: Sequence[str] | None = None, errors: bool = False, config: Config | None = None
 ) -> pa.Table:
     """The rows of the dataset at `url` as an Arrow table (`.to_pandas()` for pandas); with `errors`, its error rows."""
-    from pipeline.outputs.dataset import Dataset, read_table
+    from pipeline.outputs.dataset import read_table
 
-    return read_table(Dataset(url, _store(config)), "errors" if errors else "data", columns)
+    dataset, _ = _dataset(url, config)
+    return read_table(dataset, "errors" if errors else "data", columns)
 
 
 def predict(images: Any, config: Config) -> pa.Table:

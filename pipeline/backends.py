@@ -5,6 +5,7 @@ URLs are canonical here and errors are the store's own; `storage.Store` retries 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -159,7 +160,10 @@ class LocalDisk:
     def put_if_absent(self, url: str, data: bytes) -> None:
         with _Temporary(local_path(url)) as temporary:
             temporary.fill(data)
-            os.link(temporary.path, temporary.target)  # fails if the target exists
+            try:
+                os.link(temporary.path, temporary.target)  # fails if the target exists
+            except PermissionError as cause:  # what Linux says where there are no links, as on a USB stick
+                raise OSError(errno.EOPNOTSUPP, "its file system has no hard links") from cause
         _sync_folder(temporary.target.parent)
 
     def delete(self, url: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import JobConfig
-from pipeline.error_classes import choose_classes
 from pipeline.errors import ConfigError, FatalError, NotFound, SourceChanged, redact
 from pipeline.inputs.readers import Sample, read
 from pipeline.inputs.shards import IMAGE_SUFFIXES, Shard
-from pipeline.outputs.dataset import PARQUET, Dataset
+from pipeline.outputs.dataset import Dataset, undisturbed
 from pipeline.outputs.schema import Footer
 from pipeline.overview import last_config, listed_shards
 from pipeline.storage import Store, is_local
@@ -77,13 +76,11 @@ class DeadLetters:
     export: Export | None = None
 
 
-def count_errors(dataset: Dataset, classes: Iterable[str] | str = ()) -> DeadLetters:
-    """Count the error rows of these classes, or all. Raises NotFound where there is no dataset."""
-    chosen = choose_classes(classes)
-    if dataset.identity() is None:
-        raise NotFound(f"there is no dataset at {dataset.url}: it has no _dataset.json. Check the URL.")
+def count_errors(dataset: Dataset, chosen: Collection[str] = ()) -> DeadLetters:
+    """Count the error rows of the chosen classes, or all. Raises NotFound where there is no dataset."""
+    dataset.known_identity()
     result, total = DeadLetters(dataset.url), Counter[tuple[str, str]]()
-    names = sorted(n.removesuffix(PARQUET) for n in dataset.names_and_versions("errors") if n.endswith(PARQUET))
+    names = dataset.part_ids("errors")
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for name, found in zip(names, pool.map(lambda name: _count(dataset, name, chosen), names), strict=True):
             if isinstance(found, FatalError):
@@ -113,20 +110,20 @@ def _count(
     dataset: Dataset, name: str, chosen: Collection[str]
 ) -> tuple[str, Counter[tuple[str, str]]] | FatalError | None:
     """The shard's URL and its counts by stage and class; None if its errors part has gone since it was listed."""
-    counts = Counter[tuple[str, str]]()
-    try:
+
+    def count() -> tuple[str, Counter[tuple[str, str]]]:
+        counts = Counter[tuple[str, str]]()
         with dataset.errors_part(name) as part:
             url = Footer.of(part.schema_arrow).shard
             for batch in part.iter_batches(columns=["stage", "error"], use_threads=False):
                 pairs = zip(batch["stage"].to_pylist(), batch["error"].to_pylist(), strict=True)
                 counts.update((stage, error) for stage, error in pairs if not chosen or error in chosen)
-    except NotFound:
-        return None
-    except SourceChanged:  # a run has replaced it meanwhile
-        return _count(dataset, name, chosen)
+        return url, counts
+
+    try:
+        return undisturbed(count)
     except FatalError as damage:
         return damage
-    return url, counts
 
 
 # --- Export ----------------------------------------------------------------------------------------------------------
@@ -137,7 +134,7 @@ def export_errors(
     found: DeadLetters,
     folder: str | Path,
     limit: int,
-    classes: Iterable[str] | str = (),
+    chosen: Collection[str] = (),
     config: JobConfig | None = None,
 ) -> Export:
     """Write the bytes behind at most `limit` error rows to `<folder>/<shard id>/<index>-<end of the key>`, worst shards
@@ -151,7 +148,6 @@ def export_errors(
     if limit < 1:
         raise ConfigError(f"the limit of an export is at least 1; got {limit}.")
     config = config or last_config(dataset, "--export")
-    chosen = choose_classes(classes)
     result = Export(str(folder))
     sources = listed_shards(config)
     for errors in found.shards:

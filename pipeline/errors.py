@@ -138,6 +138,8 @@ _ERRNOS: dict[int, type[PipelineError]] = {
     errno.ELOOP: ConfigError,
     errno.ENAMETOOLONG: ConfigError,
     errno.EROFS: AccessDenied,
+    errno.ENOSYS: FatalError,  # a file system without links or locks
+    errno.EOPNOTSUPP: FatalError,
     errno.EDQUOT: StoreFull,
     errno.ENOSPC: StoreFull,
 }
@@ -173,6 +175,7 @@ _ADVICE: dict[type[PipelineError], str] = {
     AccessDenied: "Check the credentials in this environment (AWS_ACCESS_KEY_ID, AWS_PROFILE, an instance role)"
     " and that they have not expired and cover this prefix; on a disk, the permissions.",
     ConfigError: "Check the URL and the storage section of the config.",
+    FatalError: "It lacks what this needs (on a disk: hard links and locks). Use another place.",
     NotFound: "Check the spelling, and that it exists.",
     StoreUnavailable: "Run again when the store answers; what is committed stays.",
     StoreFull: "Free space and run again; what is committed stays.",

@@ -28,13 +28,16 @@ from pipeline.storage import Store
 READ_CPUS = 0.02  # of a logical CPU, as in `preparation.py`
 READ_TASK_BYTES = 64 * 2**20
 
+Chunk = list[tuple[int, Task]]  # consecutive tasks of a plan, with their places in it
+
 
 def pieces(tasks: Sequence[Task], job: Job, cluster: Cluster, notes: Notes) -> Dataset:
     """Shards to pieces. With fewer shards than cores, decoding is a map of its own, so that one large tar uses all
     cores; else it happens where the shard is read and no bytes travel."""
     with DataContext.current(_context(job)):
         if len(tasks) < cluster.num_cpus:
-            samples = _read(_SampleSource(tasks, job, cluster, notes), READ_CPUS)
+            shards = _Shards(partial(_samples, job=job, notes=notes), tasks, cluster.num_cpus)
+            samples = _read(shards, READ_CPUS)
             pixels = samples.map_batches(
                 _decode_block,  # type: ignore[arg-type]  # it takes more besides
                 fn_args=(job, notes),
@@ -43,7 +46,8 @@ def pieces(tasks: Sequence[Task], job: Job, cluster: Cluster, notes: Notes) -> D
                 num_cpus=decode_cpus(cluster, job.shares_cores),
             )
         else:
-            pixels = _read(_PixelSource(tasks, job, cluster, notes), decode_cpus(cluster, job.shares_cores))
+            shards = _Shards(partial(_pixels, job=job, notes=notes), tasks, cluster.num_cpus)
+            pixels = _read(shards, decode_cpus(cluster, job.shares_cores))
         # Not map_batches: with a GPU that insists on a batch size, and would hold blocks back until it is reached.
         return pixels.map_batches_internal(
             ResNetPredictor,
@@ -75,13 +79,12 @@ def _context(job: Job) -> DataContext:
     return context
 
 
-class _Source(Datasource):
-    """Read tasks over runs of consecutive shards."""
+class _Shards(Datasource):
+    """Read tasks over runs of consecutive shards; `blocks` reads one of these runs."""
 
-    def __init__(self, tasks: Sequence[Task], job: Job, cluster: Cluster, notes: Notes) -> None:
+    def __init__(self, blocks: Callable[[Chunk], Iterator[pa.Table]], tasks: Sequence[Task], cores: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._job, self._notes = job, notes
-        self.chunks = _chunks(tasks, cluster.num_cpus)
+        self._blocks, self.chunks = blocks, _chunks(tasks, cores)
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -90,41 +93,26 @@ class _Source(Datasource):
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(self._reader(chunk), unknown) for chunk in self.chunks]
-
-    def _reader(self, chunk: list[tuple[int, Task]]) -> Callable[[], Iterator[pa.Table]]:
-        raise NotImplementedError
+        return [ReadTask(partial(self._blocks, chunk), unknown) for chunk in self.chunks]
 
 
-class _SampleSource(_Source):
-    def _reader(self, chunk: list[tuple[int, Task]]) -> Callable[[], Iterator[pa.Table]]:
-        job, notes = self._job, self._notes
-
-        def blocks() -> Iterator[pa.Table]:
-            guard = Guard(notes, f"read from {chunk[0][0]}")
-            return guard.watch(sample_blocks(_rows(chunk, job.config, guard), job.rows_per_block))
-
-        return blocks
-
-
-class _PixelSource(_Source):
-    def _reader(self, chunk: list[tuple[int, Task]]) -> Callable[[], Iterator[pa.Table]]:
-        job, notes = self._job, self._notes
-
-        def blocks() -> Iterator[pa.Table]:
-            guard = Guard(notes, f"decode from {chunk[0][0]}")
-            return _decoded(_rows(chunk, job.config, guard), job, guard)
-
-        return blocks
-
-
-def _read(source: _Source, num_cpus: float) -> Dataset:
+def _read(shards: _Shards, num_cpus: float) -> Dataset:
     return read_datasource(  # type: ignore[no-any-return]
-        source, num_cpus=num_cpus, override_num_blocks=len(source.chunks)
+        shards, num_cpus=num_cpus, override_num_blocks=len(shards.chunks)
     )
 
 
-def _rows(chunk: list[tuple[int, Task]], config: JobConfig, guard: Guard) -> Iterator[Row]:
+def _samples(chunk: Chunk, job: Job, notes: Notes) -> Iterator[pa.Table]:
+    guard = Guard(notes, f"read from {chunk[0][0]}")
+    return guard.watch(sample_blocks(_rows(chunk, job.config, guard), job.rows_per_block))
+
+
+def _pixels(chunk: Chunk, job: Job, notes: Notes) -> Iterator[pa.Table]:
+    guard = Guard(notes, f"decode from {chunk[0][0]}")
+    return _decoded(_rows(chunk, job.config, guard), job, guard)
+
+
+def _rows(chunk: Chunk, config: JobConfig, guard: Guard) -> Iterator[Row]:
     store = Store(config.input_storage)
     for number, task in chunk:
         yield from read_rows(number, task.shard, config.input, store, guard)
@@ -140,12 +128,12 @@ def _decoded(rows: Iterator[Row], job: Job, guard: Guard) -> Iterator[pa.Table]:
     return guard.watch(pixel_blocks(rows, job.info.transform, job.config.input, job.rows_per_block, guard))
 
 
-def _chunks(tasks: Sequence[Task], cores: int) -> list[list[tuple[int, Task]]]:
+def _chunks(tasks: Sequence[Task], cores: int) -> list[Chunk]:
     """The numbered tasks in consecutive runs: enough of them for every core, none larger than need be. The first ones
     are of one shard each, so that the first rows come soon."""
     total = sum(task.shard.size for task in tasks)
     limit = min(READ_TASK_BYTES, total / (4 * cores))
-    chunks: list[list[tuple[int, Task]]] = []
+    chunks: list[Chunk] = []
     size = 0.0
     for number, task in enumerate(tasks):
         if number <= cores or size + task.shard.size > limit:

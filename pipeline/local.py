@@ -67,8 +67,7 @@ def _samples(shards: Sequence[Shard], config: JobConfig, store: Store) -> Iterat
     """The samples and error rows of these shards; raises what a store that does not deliver raises."""
     for number, shard in enumerate(shards):
         for sample in read(shard, config.input, store):
-            kind = Kind.SAMPLE if sample.reject is None else Kind.ERROR
-            yield Row(number, kind, sample.index, sample.key, sample.data, sample.reject)
+            yield sample.row(number)
 
 
 def _with_urls(rows: list[Row], shards: Sequence[Shard], config: JobConfig, spec: ModelSpec) -> pa.Table:

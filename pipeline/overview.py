@@ -1,4 +1,7 @@
-"""What a dataset is, how much it holds and what of its input is gone, from listings and the marks; opens no part."""
+"""What a dataset is, how much it holds and what of its input is gone, from listings and the marks; opens no part.
+
+And where its rows came from: the config of the last run, and the shards of that input as they are now.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config import JobConfig, make_config
-from pipeline.errors import ConfigError, FatalError, NotFound, PipelineError, clean
+from pipeline.errors import ConfigError, FatalError, PipelineError, clean
 from pipeline.inputs.shards import Shard, discover
 from pipeline.outputs.dataset import Dataset
 from pipeline.storage import Store
@@ -35,30 +38,28 @@ class Status:
     last_runs: list[dict[str, Any]] = field(default_factory=list)
 
 
-def read_status(url: str, store: Store, config: JobConfig | None = None) -> Status:
+def read_status(dataset: Dataset, config: JobConfig | None = None) -> Status:
     """What is gone is told by the input of this config or of the last run's. Raises NotFound where there is no
     dataset."""
-    dataset = Dataset(url, store)
-    identity = dataset.identity()
-    if identity is None:
-        raise NotFound(f"there is no dataset at {url}: it has no _dataset.json. Check the URL, or run a job first.")
+    identity = dataset.known_identity()
     standing = dataset.standing()
     marks = [found.valid_mark for found in standing.values() if found.valid_mark is not None]
     try:
         counts = [(int(body["predicted"]), int(body["errors"])) for body in dataset.read_marks(marks)]
     except (ValueError, KeyError, TypeError) as cause:
         raise FatalError(
-            f"a mark in {dataset.path('_ledger')} is damaged: {clean(cause)}. `resnet-batch verify {url}` names it."
+            f"a mark in {dataset.path('_ledger')} is damaged: {clean(cause)}."
+            f" `resnet-batch verify {dataset.url}` names it."
         ) from cause
     listed, note = _listed_now(dataset, config)
     return Status(
-        url=url,
+        url=dataset.url,
         model=identity["model"],
         num_classes=identity["num_classes"],
         shards=len(marks),
         predicted=sum(predicted for predicted, _ in counts),
         errors=sum(errors for _, errors in counts),
-        num_bytes=sum(file.size for file in store.find(dataset.path("data"))),
+        num_bytes=sum(file.size for file in dataset.store.each_below(dataset.path("data"))),
         incomplete=sorted(name for name, found in standing.items() if found.valid_mark is None),
         gone=sorted(standing.keys() - listed) if listed is not None else [],
         note=note,

@@ -16,7 +16,7 @@ from pipeline.errors import NotFound, SourceChanged
 from pipeline.inputs.shards import Shard
 from pipeline.local import predict_rows
 from pipeline.model.spec import ModelSpec, make_spec
-from pipeline.outputs.dataset import PARQUET, Dataset
+from pipeline.outputs.dataset import Dataset
 from pipeline.outputs.schema import Footer
 from pipeline.overview import last_config, listed_shards
 
@@ -72,7 +72,7 @@ def _pick(dataset: Dataset, names: list[str], sample: int) -> tuple[list[dict[st
     total, count = None, 0
     for left, name in zip(range(len(chosen), 0, -1), chosen, strict=True):
         try:
-            with dataset.store.open(dataset.path("data", name + PARQUET), read_ahead=False) as file:
+            with dataset.open_part("data", name) as file:
                 parquet = pq.ParquetFile(file)
                 group = parquet.read_row_group(random.sample(range(parquet.num_row_groups), 1)[0])
         except (NotFound, SourceChanged):  # a run replaces it: others are enough

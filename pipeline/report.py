@@ -9,15 +9,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.progress import Task as Bar
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.config import JobConfig
 from pipeline.errors import ExitCode, redact
+
+if TYPE_CHECKING:
+    from pipeline.outputs.commit import Committed
+    from pipeline.planning import Task
 
 log = logging.getLogger("pipeline")
 
@@ -102,25 +107,29 @@ class Counter:
         if len(self._arrivals) > MAX_ARRIVALS:
             del self._arrivals[1:-1:2]
 
-    def on_committed(self, url: str, size: int, committed: Any) -> None:
-        self._settle(size)
+    def on_committed(self, task: Task, committed: Committed) -> None:
+        self._settle(task.shard.size)
         self.report.shards_committed += 1
         self.report.predicted += committed.predicted
         self.report.errors += committed.errors
         self.report.bytes_written += committed.num_bytes
-        self.report.committed.append(redact(url))
+        self.report.committed.append(redact(task.shard.url))
 
-    def on_open(self, url: str, size: int, reason: str) -> None:
-        self._settle(size)
-        self.report.open.append({"shard": redact(url), "reason": redact(reason)})
-        log.warning("shard %s stays open: %s", redact(url), redact(reason))
+    def on_open(self, task: Task, reason: str) -> None:
+        self._settle(task.shard.size)
+        self._leave_open(task, reason)
+        log.warning("shard %s stays open: %s", redact(task.shard.url), redact(reason))
 
-    def on_unfinished(self, urls: Sequence[str]) -> None:
+    def on_unfinished(self, tasks: Sequence[Task]) -> None:
         """The run ends before these shards were complete."""
-        self.report.open += [{"shard": redact(url), "reason": "the run ended before it was complete"} for url in urls]
+        for task in tasks:
+            self._leave_open(task, "the run ended before it was complete")
 
     def on_tick(self) -> None:
         """Called several times a second."""
+
+    def _leave_open(self, task: Task, reason: str) -> None:
+        self.report.open.append({"shard": redact(task.shard.url), "reason": redact(reason)})
 
     def _settle(self, size: int) -> None:
         self.settled += 1
@@ -190,7 +199,7 @@ class _Left(ProgressColumn):
         super().__init__()
         self._counter = counter
 
-    def render(self, task: Task) -> Text:
+    def render(self, task: Bar) -> Text:
         left = self._counter.seconds_left
         return Text(f"{_duration(left)} left" if left is not None else "", style="cyan")
 

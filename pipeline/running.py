@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -20,22 +20,35 @@ from pipeline.config import JobConfig
 from pipeline.errors import ExitCode, NotFound, PipelineError, TransientError, clean
 from pipeline.estimation import PREDICTION, is_about, score
 from pipeline.model.spec import ModelSpec
-from pipeline.outputs.commit import CommitContext, Committed
+from pipeline.outputs.commit import CommitContext
 from pipeline.outputs.dataset import Dataset, make_identity
-from pipeline.planning import Plan, Task, make_plan, model_and_dataset
-from pipeline.report import Counter, RunReport, public_config, watching
+from pipeline.planning import Plan, make_plan, model_and_dataset
+from pipeline.report import RunReport, public_config, watching
 from pipeline.verdict import judge
 
 log = logging.getLogger(__name__)
 
 
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM stops as Ctrl-C does. Also installed after ray.init, which has a handler of its own that just exits."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@_terminable()
 def run(config: JobConfig, retry_errors: Iterable[str] | str = ()) -> RunReport:
     """Do what is new or changed; see `pipeline.api.run`."""
-    with _terminable():
-        return _planned_run(config, retry_errors)
-
-
-def _planned_run(config: JobConfig, retry_errors: Iterable[str] | str) -> RunReport:
     started = time.monotonic()
     spec, dataset = model_and_dataset(config)
     plan = make_plan(config, retry_errors)
@@ -43,7 +56,7 @@ def _planned_run(config: JobConfig, retry_errors: Iterable[str] | str) -> RunRep
     report = _new_report(config, spec, plan)
     if plan.tasks:
         with connected(config) as cluster, _terminable():
-            _run(plan, config, spec, dataset, cluster, report)
+            _execute(plan, config, spec, dataset, cluster, report)
     _conclude(report, len(plan.tasks))
     report.seconds = round(time.monotonic() - started, 3)
     if plan.tasks and not report.open:
@@ -89,7 +102,9 @@ def _new_report(config: JobConfig, spec: ModelSpec, plan: Plan) -> RunReport:
     )
 
 
-def _run(plan: Plan, config: JobConfig, spec: ModelSpec, dataset: Dataset, cluster: Cluster, report: RunReport) -> None:
+def _execute(
+    plan: Plan, config: JobConfig, spec: ModelSpec, dataset: Dataset, cluster: Cluster, report: RunReport
+) -> None:
     from pipeline.preparation import begin_preparing
 
     preparing = begin_preparing(config, spec, cluster, [task.shard for task in plan.tasks])
@@ -113,7 +128,7 @@ def _run(plan: Plan, config: JobConfig, spec: ModelSpec, dataset: Dataset, clust
     dataset.claim_identity(identity)
     context = CommitContext(dataset, identity, settings.columns, settings.engine)
     with watching(report, len(plan.tasks), plan.num_bytes) as counter:
-        driving = driver.Run(plan.tasks, config, context, cluster, _Adapter(counter))
+        driving = driver.Run(plan.tasks, config, context, cluster, counter)
         try:
             driving.loop(partial(flow.execute, flow.pieces(plan.tasks, job, cluster, driving.notes)))
             usage = driving.usage(cluster, job.num_actors, settings.device)
@@ -124,41 +139,6 @@ def _run(plan: Plan, config: JobConfig, spec: ModelSpec, dataset: Dataset, clust
         except TransientError as reason:
             report.message = str(reason).rstrip(".")
         report.images_per_s = round(counter.images_per_s, 1)
-
-
-class _Adapter:
-    """Tells a counter, which knows URLs and sizes, what the flow says of tasks."""
-
-    def __init__(self, counter: Counter) -> None:
-        self._counter = counter
-        self.on_rows = counter.on_rows
-        self.on_tick = counter.on_tick
-
-    def on_committed(self, task: Task, committed: Committed) -> None:
-        self._counter.on_committed(task.shard.url, task.shard.size, committed)
-
-    def on_open(self, task: Task, reason: str) -> None:
-        self._counter.on_open(task.shard.url, task.shard.size, reason)
-
-    def on_unfinished(self, tasks: Sequence[Task]) -> None:
-        self._counter.on_unfinished([task.shard.url for task in tasks])
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM stops as Ctrl-C does. Also installed after ray.init, which has a handler of its own that just exits."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _conclude(report: RunReport, num_tasks: int) -> None:

@@ -29,7 +29,7 @@ from pipeline.outputs.ledger import Mark, Standing
 from pipeline.outputs.schema import Footer, errors_schema, part_schema
 from pipeline.recomputing import recompute
 from pipeline.rows import Columns
-from pipeline.storage import Store, canonical, is_local, local_path
+from pipeline.storage import canonical, is_local, local_path
 
 AT_ONCE = 4  # parts
 BATCH_ROWS = 2048
@@ -66,17 +66,14 @@ class Verification:
         return "\n".join(line for line in lines if line)
 
 
-def verify_dataset(url: str, store: Store, sample: int = 0, config: JobConfig | None = None) -> Verification:
+def verify_dataset(dataset: Dataset, sample: int = 0, config: JobConfig | None = None) -> Verification:
     """Read every part of the dataset and name every offender.
 
     With `sample`, so many rows are recomputed from their source bytes, with the given config or that of the last run.
     Raises NotFound where there is no dataset.
     """
-    dataset = Dataset(url, store)
-    identity = dataset.identity()
-    if identity is None:
-        raise NotFound(f"there is no dataset at {url}: it has no _dataset.json.")
-    result = Verification(url)
+    identity = dataset.known_identity()
+    result = Verification(dataset.url)
     standing = sorted(dataset.standing().items())
     with ThreadPoolExecutor(AT_ONCE) as pool:
         checked = pool.map(lambda item: _check_shard(dataset, identity, *item), standing)
@@ -197,7 +194,7 @@ class _Scanned:
 def _scan(dataset: Dataset, folder: str, name: str, identity: Identity) -> _Scanned:
     with (
         _naming(f"{folder}/{name}{PARQUET}"),
-        dataset.store.open(dataset.path(folder, name + PARQUET), read_ahead=False) as file,
+        dataset.open_part(folder, name) as file,
     ):
         parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=READ_BYTES, page_checksum_verification=True)
         schema = parquet.schema_arrow

@@ -23,10 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.examples.digits import encode_png, load_digits_images
+from pipeline.examples.digits import CHECKPOINT, encode_png, load_digits_images
 from pipeline.examples.network import digits_resnet20
 
-CHECKPOINT = Path(__file__).resolve().parent.parent / "pipeline" / "demo" / "digits_resnet20.safetensors"
 SIDE = 32
 SHIFT = 0.15  # of half the side, so up to 2.4 pixels
 ROTATION = math.radians(12)

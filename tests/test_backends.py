@@ -17,7 +17,7 @@ import pytest
 
 from pipeline import backends
 from pipeline.config import Storage
-from pipeline.errors import AccessDenied, ConfigError, NotFound, StoreUnavailable
+from pipeline.errors import AccessDenied, ConfigError, FatalError, NotFound, StoreUnavailable
 from pipeline.storage import Store, canonical, split_pattern
 
 # Writes half of a file and says so; goes on when it is told to.
@@ -196,6 +196,16 @@ Store(Storage(deadline_s=0.1)).put(sys.argv[1], b"n" * 2**20)
     assert "StoreUnavailable: cannot write" in failed.stderr
     assert (tmp_path / "x").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_disk_without_hard_links_is_an_error_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*_: object) -> None:  # what Linux says where a file system has none
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(FatalError, match=r"has no hard links\. .* Use another place"):
+        Store().put_if_absent(str(tmp_path / "_dataset.json"), b"{}")
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_contents_never_share_a_version(tmp_path: Path) -> None:

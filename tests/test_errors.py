@@ -98,6 +98,8 @@ class OwnTimeout(boto.ReadTimeoutError):
         (FileExistsError(17, "File exists"), PreconditionFailed),
         (PermissionError(13, "Permission denied"), AccessDenied),
         (OSError(errno.EROFS, "Read-only file system"), AccessDenied),
+        (OSError(errno.ENOSYS, "Function not implemented"), FatalError),
+        (OSError(errno.EOPNOTSUPP, "Operation not supported"), FatalError),
         (OSError(errno.ELOOP, "Too many levels"), ConfigError),
         (OSError(errno.ENAMETOOLONG, "File name too long"), ConfigError),
         (OSError(errno.ENOSPC, "No space left"), StoreFull),

@@ -12,6 +12,7 @@ import pytest
 import pipeline
 from pipeline.errors import FatalError, NotFound
 from pipeline.inputs.shards import shard_id
+from pipeline.outputs.dataset import Dataset
 from pipeline.overview import read_status
 from pipeline.storage import Store
 from tests.support.datasets import commit_all
@@ -48,7 +49,7 @@ def test_it_opens_no_part(dataset: Path):
             assert not url.endswith(".parquet"), url
             return super().open(url, version, read_ahead)
 
-    assert read_status(str(dataset), NoParts()).predicted == 27
+    assert read_status(Dataset(str(dataset), NoParts())).predicted == 27
 
 
 def test_shards_whose_files_do_not_agree_are_to_be_done_again(dataset: Path):

@@ -439,7 +439,7 @@ def test_a_store_that_is_down_is_no_damage(dataset: Dataset):
             return super().open(url, version, read_ahead)
 
     with pytest.raises(StoreUnavailable):
-        verify_dataset(dataset.url, Down())
+        verify_dataset(Dataset(dataset.url, Down()))
 
 
 def test_a_part_that_is_replaced_meanwhile_is_not_called_damaged(dataset: Dataset):
@@ -454,8 +454,8 @@ def test_a_part_that_is_replaced_meanwhile_is_not_called_damaged(dataset: Datase
                 replace(dataset)
             return super().open(url, version, read_ahead)
 
-    (problem,) = verify_dataset(dataset.url, Meanwhile()).problems
+    (problem,) = verify_dataset(Dataset(dataset.url, Meanwhile())).problems
     assert "it changed while it was checked, verify again" in problem
-    problems = verify_dataset(dataset.url, Store()).problems
+    problems = verify_dataset(dataset).problems
     assert problems
     assert not any("changed while" in problem for problem in problems), "it stays damaged"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from rich.console import Console
 
 from pipeline.config import JobConfig, make_config
 from pipeline.errors import WeightsError
-from pipeline.examples.digits import encode_png, load_digits_images, write_shards
+from pipeline.examples.digits import CHECKPOINT, encode_png, load_digits_images, write_shards
 from pipeline.examples.grid import GridSample, save_grid
 from pipeline.examples.photos import load_photos, write_photo_shards
 from pipeline.outputs.dataset import Dataset, read_table
@@ -39,7 +38,7 @@ def digits_config(folder: Path) -> JobConfig:
             "output": {"url": f"{folder}/labels"},
             "model": {
                 "name": "pipeline.examples.network:digits_resnet20",
-                "weights": str(files("pipeline.examples") / "digits_resnet20.safetensors"),
+                "weights": str(CHECKPOINT),
                 "classes": [str(digit) for digit in range(10)],
                 "transform": {"resize": 32, "crop": None, "mean": [0.5] * 3, "std": [0.5] * 3},
             },

@@ -17,6 +17,7 @@ from PIL import Image
 from pipeline.errors import ConfigError
 from pipeline.examples.tars import write_tar
 
+CHECKPOINT = Path(__file__).with_name("digits_resnet20.safetensors")  # of the ResNet-20 in network.py
 HELD_OUT = 450
 TRAIN_SHARDS = 6
 HELD_OUT_SHARDS = 2

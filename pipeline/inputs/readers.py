@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from pipeline.config import Input
 from pipeline.errors import NotFound, Reject, SourceChanged, clean
 from pipeline.inputs.shards import IMAGE_SUFFIXES, Shard, printable, relative
+from pipeline.rows import Kind, Row
 from pipeline.storage import FileInfo, Store, is_local
 
 MAX_IMAGE_BYTES = 512 * 2**20  # a larger member, value or file is no photograph
@@ -59,6 +60,12 @@ class Sample:
     key: str | None
     data: bytes = b""
     reject: Reject | None = None
+
+    def row(self, shard: int) -> Row:
+        """As a row of the `shard`-th shard of a plan."""
+        if self.reject is None:
+            return Row(shard, Kind.SAMPLE, self.index, self.key, self.data)
+        return Row(shard, Kind.ERROR, self.index, self.key, reject=self.reject)
 
 
 Content = bytes | Reject

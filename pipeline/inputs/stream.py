@@ -34,10 +34,7 @@ def read_rows(number: int, shard: Shard, config: Input, store: Store, guard: Gua
     count = 0
     try:
         for sample in _guarded(read(shard, config, store), number, guard or Guard()):
-            if sample.reject is None:
-                yield Row(number, Kind.SAMPLE, sample.index, sample.key, sample.data)
-            else:
-                yield Row(number, Kind.ERROR, sample.index, sample.key, reject=sample.reject)
+            yield sample.row(number)
             count += 1
     except PipelineError as error:
         log.warning("shard %s stays open: %s", shard.url, error)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
 from pipeline.errors import FatalError, ModelMismatch, NotFound, SourceChanged, clean
 from pipeline.outputs.ledger import (
@@ -37,6 +39,7 @@ UNKNOWN = "unknown"  # the owner of files that are not ours
 NOT_OURS = (ValueError, KeyError, TypeError)  # what json and pyarrow say of files that others have put there
 
 Identity = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,7 @@ class Dataset:
         """What stands for one shard."""
         files = self.store.starting_with(self.path("_ledger", f"{shard_id}."))
         marks = [mark for mark in _marks(_name(file.url) for file in files) if mark.shard_id == shard_id]
-        part = self._version(self.path("data", shard_id + PARQUET))
-        errors = self._version(self.path("errors", shard_id + PARQUET))
+        part, errors = (self._version(self.part_url(folder, shard_id)) for folder in ("data", "errors"))
         return Standing(tuple(sorted(marks, key=lambda mark: mark.name)), part, errors)
 
     def read_mark(self, mark: Mark) -> dict[str, Any]:
@@ -82,7 +84,7 @@ class Dataset:
 
     def read_footer(self, folder: str, shard_id: str) -> Footer:
         """What a part or an errors part says about itself."""
-        with self.store.open(self.path(folder, shard_id + PARQUET), read_ahead=False) as file:
+        with self.open_part(folder, shard_id) as file:
             return Footer.of(pq.read_schema(file))
 
     def footers(self, shard_id: str, standing: Standing) -> list[Footer]:
@@ -107,26 +109,32 @@ class Dataset:
     def errors_part(self, shard_id: str) -> Iterator[pq.ParquetFile]:
         """The error rows of a shard, to be read in steps. Raises NotFound where there are none (any more), FatalError
         for a file that cannot be read."""
-        url = self.path("errors", shard_id + PARQUET)
         try:
-            with self.store.open(url, read_ahead=False) as file:
+            with self.open_part("errors", shard_id) as file:
                 yield pq.ParquetFile(file, pre_buffer=False, buffer_size=READ_BYTES)
         except (*NOT_OURS, OSError, pa.ArrowException) as cause:
             raise FatalError(
-                f"{url} is damaged or not ours: {clean(cause)}. Delete it and run again: its shard is done anew."
+                f"{self.part_url('errors', shard_id)} is damaged or not ours: {clean(cause)}. Delete it and run again:"
+                " its shard is done anew."
             ) from cause
 
     def error_classes(self, shard_id: str) -> set[str]:
         """The classes that a shard's error rows are of. Reads that one column."""
-        found: set[str] = set()
-        try:
+
+        def classes() -> set[str]:
             with self.errors_part(shard_id) as part:
-                for batch in part.iter_batches(columns=["error"], use_threads=False):
-                    found.update(pc.unique(batch["error"]).to_pylist())
-        except NotFound:
-            return set()
-        except SourceChanged:  # another run has replaced it meanwhile
-            return self.error_classes(shard_id)
+                batches = part.iter_batches(columns=["error"], use_threads=False)
+                return {name for batch in batches for name in pc.unique(batch["error"]).to_pylist()}
+
+        return undisturbed(classes) or set()
+
+    def known_identity(self) -> Identity:
+        """What `_dataset.json` says. Raises NotFound where there is no dataset."""
+        found = self.identity()
+        if found is None:
+            raise NotFound(
+                f"there is no dataset at {self.url}: it has no {IDENTITY}. Check the URL, or run a job first."
+            )
         return found
 
     def identity(self) -> Identity | None:
@@ -202,9 +210,16 @@ class Dataset:
                 self.store.delete(self.path(CARD))
                 return self.store.delete(self.path(IDENTITY))
 
-    def names_and_versions(self, folder: str) -> dict[str, str]:
-        """Of the files directly in a folder."""
-        return dict(self.listed(folder))
+    def part_url(self, folder: str, shard_id: str) -> str:
+        """Of a shard's part (in `data`) or errors part (in `errors`)."""
+        return self.path(folder, shard_id + PARQUET)
+
+    def open_part(self, folder: str, shard_id: str) -> BinaryIO:
+        return self.store.open(self.part_url(folder, shard_id), read_ahead=False)
+
+    def part_ids(self, folder: str) -> list[str]:
+        """The sorted ids of the shards that have a part in `data`, or an errors part in `errors`."""
+        return sorted(shard_id for shard_id, _ in _parts(self.listed(folder)))
 
     def listed(self, folder: str) -> Iterator[tuple[str, str]]:
         """Names and versions of the files directly in a folder as they are listed; whatever lies deeper is not ours."""
@@ -310,12 +325,15 @@ def read_table(dataset: Dataset, folder: str, columns: Sequence[str] | None = No
 
     Raises NotFound where there is no dataset, or no shard of it is committed yet, so that its columns are unknown.
     """
-    identity = dataset.identity()
-    if identity is None:
-        raise NotFound(f"there is no dataset at {dataset.url}. Check the URL, or run a job first.")
-    names = sorted(name for name, _ in _parts(dataset.listed(folder)))
+    dataset.known_identity()
+
+    def rows(shard_id: str) -> pa.Table:
+        with dataset.open_part(folder, shard_id) as file:
+            table = pq.read_table(file, columns=None if columns is None else list(columns))
+            return table.replace_schema_metadata()
+
     with ThreadPoolExecutor(8) as pool:
-        tables = list(pool.map(lambda name: _read_part(dataset, folder, name, columns), names))
+        tables = list(pool.map(lambda name: undisturbed(partial(rows, name)), dataset.part_ids(folder)))
     found = [table for table in tables if table is not None]
     if found:
         return pa.concat_tables(found)
@@ -324,17 +342,15 @@ def read_table(dataset: Dataset, folder: str, columns: Sequence[str] | None = No
     raise NotFound(f"no shard of {dataset.url} is committed yet. Run the job first.")
 
 
-def _read_part(dataset: Dataset, folder: str, shard_id: str, columns: Sequence[str] | None) -> pa.Table | None:
-    """The rows of one part as it is now; None if it has been retired since it was listed."""
-    url = dataset.path(folder, shard_id + PARQUET)
-    for attempt in range(READ_ATTEMPTS):
-        try:
-            with dataset.store.open(url, read_ahead=False) as file:
-                table = pq.read_table(file, columns=None if columns is None else list(columns))
-                return table.replace_schema_metadata()
-        except SourceChanged:  # a store may refuse to go on with a part that is replaced meanwhile
-            if attempt == READ_ATTEMPTS - 1:
-                raise
-        except NotFound:
-            return None
-    return None
+def undisturbed(read: Callable[[], T]) -> T | None:
+    """What `read` makes of a part as it is now: again where a run replaces it meanwhile, and None where it has gone.
+
+    Raises SourceChanged for one that is replaced again and again.
+    """
+    attempts = Retrying(
+        retry=retry_if_exception_type(SourceChanged), stop=stop_after_attempt(READ_ATTEMPTS), reraise=True
+    )
+    try:
+        return attempts(read)
+    except NotFound:
+        return None

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
+import pyarrow as pa
 import pytest
 import ray
 
@@ -123,6 +126,28 @@ def test_a_cluster_that_is_not_there_is_a_sentence_at_once(tmp_path: Path) -> No
     assert "cannot connect to 127.0.0.1:1" in (tmp_path / "driver.log").read_text()
 
 
+def idle_run(folder: Path, watcher: Counter) -> Run:
+    """Over no shards."""
+    context = CommitContext(Dataset(str(folder), Store()), {}, Columns(True, True, "float16", 4), "noop")
+    return Run([], make_config(digits_config(folder, folder)), context, Cluster(1, 2, 0), watcher)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_committer_that_dies_of_a_block_again_and_again_stops_the_run(tmp_path: Path) -> None:
+    block = ray.put(pa.table({}))
+
+    @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=1)
+    class Mortal:
+        def describe(self, _: pa.Table) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run = idle_run(tmp_path, Counter(RunReport("1", ""), 0, 0))
+    run._committers = [Mortal.remote()]
+    bundle = SimpleNamespace(blocks=[SimpleNamespace(ref=block)])
+    with pytest.raises(Stopped, match=r"finished rows cannot be read: .* Run again"):
+        run.loop(lambda: (iter([bundle]), lambda: None))
+
+
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("starting", [True, False], ids=["while it starts", "while it works"])
 def test_an_execution_that_is_stopped_is_ended(starting: bool, tmp_path: Path) -> None:
@@ -141,12 +166,7 @@ def test_an_execution_that_is_stopped_is_ended(starting: bool, tmp_path: Path) -
             threading.Timer(0.3, goes_on.set).start()
             raise KeyboardInterrupt
 
-        def on_unfinished(self, urls: Sequence[Any]) -> None:
-            pass
-
-    context = CommitContext(Dataset(str(tmp_path), Store()), {}, Columns(True, True, "float16", 4), "noop")
-    config = make_config(digits_config(tmp_path, tmp_path))
-    run = Run([], config, context, Cluster(1, 2, 0), Impatient(RunReport("1", ""), 0, 0))
+    run = idle_run(tmp_path, Impatient(RunReport("1", ""), 0, 0))
     with pytest.raises(KeyboardInterrupt):
         run.loop(execute)
     assert ended.wait(5)

@@ -17,10 +17,13 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config import JobConfig, make_config
+from pipeline.model.spec import ModelSpec
+from pipeline.model.zoo import build
 
 ROOT = Path(__file__).parents[2]
 SIZE = 112  # pixels; half the usual size keeps the tests short
 NUM_CLASSES = 40
+PIXELS = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
 
 
 def make_job(*, engine: str = "auto", output: dict[str, Any] | None = None, **model: Any) -> JobConfig:
@@ -28,6 +31,14 @@ def make_job(*, engine: str = "auto", output: dict[str, Any] | None = None, **mo
     directory = model.pop("directory", None)
     sections = {"model": model, "output": {"url": "out", **(output or {})}, "runtime": {"engine": engine}}
     return make_config({"input": {"url": "in"}, **sections}, directory)
+
+
+def computed(spec: ModelSpec, pixels: np.ndarray = PIXELS) -> list[np.ndarray]:
+    """Logits and embeddings by the network of a spec, in torch."""
+    import torch
+
+    with torch.inference_mode():
+        return [rows.numpy() for rows in build(spec)(torch.from_numpy(pixels))]
 
 
 @functools.cache

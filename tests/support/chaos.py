@@ -26,7 +26,7 @@ TIMEOUT_S = 300.0
 POLL_S = 0.02
 
 PROCESS = {
-    "reader": "ray::Read_PixelSource",
+    "reader": "ray::Read_Shards",
     "predictor": "ray::MapWorker",
     "committer": "ray::Committer",
     "gcs": "gcs_server",

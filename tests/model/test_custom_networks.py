@@ -1,0 +1,320 @@
+"""Networks of your own: their heads and classes found, and those refused whose numbers would be wrong."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import Output
+from pipeline.errors import ConfigError, WeightsError
+from pipeline.model.engines import load_engine
+from pipeline.model.spec import ModelSpec, make_spec, result_columns
+from pipeline.model.zoo import build, cache_key, resolve
+from tests.model.helpers import PIXELS, computed, normalised
+
+PRELUDE = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+class Base(nn.Module):
+    def __init__(self, num_classes=5):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, stride=2)
+        self.fc = nn.Linear(6, num_classes)
+    def features(self, x):
+        return F.adaptive_avg_pool2d(F.relu(self.conv(x)), 1).flatten(1)
+"""
+
+
+@pytest.fixture
+def custom(job, tmp_path: Path) -> Callable[..., ModelSpec]:
+    """`custom("class Net(Base): …")`: the spec of a network `Net` in a file next to the config."""
+
+    def make(text: str, name: str = "net:Net", **model: Any) -> ModelSpec:
+        (tmp_path / "net.py").write_text(PRELUDE + textwrap.dedent(text))
+        options = {"weights": "random", "transform": {"resize": None, "crop": 64}, **model}
+        return make_spec(job(name=name, directory=tmp_path, **options))
+
+    return make
+
+
+HEADS = {
+    "functional pooling": (
+        """
+        class Net(Base):
+            def forward(self, x):
+                return self.fc(self.features(x))
+        """,
+        6,
+    ),
+    "pooling by mean, differently named head": (
+        """
+        class Net(Base):
+            def __init__(self):
+                super().__init__()
+                self.zz_first_by_name_last_by_use = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 5, bias=False))
+            def forward(self, x):
+                return self.zz_first_by_name_last_by_use(F.relu(self.conv(x)).mean((2, 3)))
+        """,
+        6,
+    ),
+    "two linear layers, dropout, the last one defined first": (
+        """
+        class Net(Base):
+            def __init__(self):
+                super().__init__()
+                self.fc = nn.Linear(9, 5)
+                self.hidden = nn.Linear(6, 9)
+            def forward(self, x):
+                return self.fc(F.dropout(F.relu(self.hidden(self.features(x))), 0.5, self.training))
+        """,
+        9,
+    ),
+    "one linear layer used twice": (
+        """
+        class Net(Base):
+            def __init__(self):
+                super().__init__()
+                self.fc = nn.Linear(6, 6)
+            def forward(self, x):
+                return self.fc(input=F.relu(self.fc(self.features(x))))
+        """,
+        6,
+    ),
+    "an unused linear layer and work after the head": (
+        """
+        class Net(Base):
+            def __init__(self):
+                super().__init__()
+                self.unused = nn.Linear(3, 3)
+                self.scale = 2.0
+            def forward(self, x):
+                return self.fc(self.features(x)) * self.scale
+        """,
+        6,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_the_embedding_is_the_input_of_the_last_linear_layer(custom, case: str):
+    text, width = HEADS[case]
+    spec = custom(text)
+    network = build(spec)
+    with torch.inference_mode():
+        logits, embeddings = network(torch.from_numpy(PIXELS))
+        head = network.head.linear
+        expected = torch.nn.functional.linear(embeddings, head.weight, head.bias)
+    assert embeddings.shape == (3, width) == (3, resolve(spec).embedding_dim)
+    torch.testing.assert_close(logits, expected * getattr(network.body, "scale", 1.0))
+    assert len({row.tobytes() for row in embeddings.numpy()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        ("return self.features(x)", "executes no nn.Linear, so it has no pooled embedding"),
+        ("return F.linear(self.features(x), self.fc.weight)", "executes no nn.Linear"),
+        ("return self.fc(self.features(x)).unsqueeze(1)", r"returns the shape \(2, 1, 5\) for 2 images"),
+        (
+            "return self.fc(self.conv(x).flatten(2).mT).mean(1)",
+            r"gives its last nn.Linear, fc, the shape \(2, 961, 6\)",
+        ),
+        ("return {'logits': self.fc(self.features(x))}", "returns a dict for 2 images"),
+        ("return self.fc(self.features(x))[:1]", r"returns the shape \(1, 5\) for 2 images"),
+        ("raise KeyError('broken')", "does not run on images of 64 pixels: 'broken'"),
+    ],
+)
+def test_networks_without_logits_or_embedding_are_refused(custom, forward: str, message: str):
+    spec = custom(f"class Net(Base):\n    def forward(self, x):\n        {forward}\n")
+    with pytest.raises(ConfigError, match=message):
+        build(spec)
+
+
+FUNCTIONAL = textwrap.dedent(HEADS["functional pooling"][0])
+
+
+def test_a_custom_networks_class_count(custom, tmp_path: Path):
+    assert resolve(custom(FUNCTIONAL)).num_classes == 5
+    assert resolve(custom(FUNCTIONAL, num_classes=8)).num_classes == 8
+    assert resolve(custom(FUNCTIONAL, classes=["a", "b"])).num_classes == 2
+    through = FUNCTIONAL + "\ndef make(**options):\n    return Net(**options)\n"
+    assert resolve(custom(through, "net:make", num_classes=8)).num_classes == 8
+    fixed = FUNCTIONAL + "\ndef make():\n    return Net()\n"
+    with pytest.raises(ConfigError, match=r"model.num_classes is 8, but the network net:make has 5 classes"):
+        resolve(custom(fixed, "net:make", num_classes=8))
+    state = {"conv.weight": torch.rand(6, 3, 3, 3), "conv.bias": torch.rand(6)}
+    torch.save(state | {"fc.weight": torch.rand(3, 6), "fc.bias": torch.rand(3)}, tmp_path / "three.pth")
+    assert resolve(custom(FUNCTIONAL, weights="three.pth")).num_classes == 3
+    with pytest.raises(WeightsError, match=r"of another shape: fc.weight"):
+        resolve(custom(fixed, "net:make", weights="three.pth"))
+
+
+def test_a_callable_that_must_be_told_its_classes_is_told_those_of_the_checkpoint(custom, tmp_path: Path):
+    state = {"conv.weight": torch.rand(6, 3, 3, 3), "conv.bias": torch.rand(6)}
+    torch.save(state | {"fc.weight": torch.rand(3, 6), "fc.bias": torch.rand(3)}, tmp_path / "three.pth.tar")
+    must = FUNCTIONAL + "\ndef make(num_classes):\n    return Net(num_classes)\n"
+    assert resolve(custom(must, "net:make", weights="three.pth.tar")).num_classes == 3
+    assert resolve(custom(must, "net:make", weights="three.pth.tar", num_classes=3)).num_classes == 3
+
+
+@pytest.mark.parametrize("engine", ["eager", "openvino"])
+def test_networks_that_view_their_maps_as_they_lie_in_memory(custom, engine: str):
+    spec = custom("""
+        def Net():
+            class View(nn.Module):
+                def forward(self, x):
+                    return x.view(x.size(0), -1)
+            return nn.Sequential(nn.Conv2d(3, 6, 3, stride=16), nn.ReLU(), View(), nn.Linear(96, 5))
+    """)
+    assert resolve(spec).embedding_dim == 96
+    found = load_engine(engine, spec, resolve(spec), "cpu", 3)(PIXELS)
+    for rows, expected in zip(found, computed(spec), strict=True):
+        np.testing.assert_allclose(rows, expected, rtol=1e-4, atol=1e-4)
+    body = build(spec).body
+    with torch.inference_mode():
+        plain = body(normalised(PIXELS))
+    np.testing.assert_allclose(found[0], plain.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        "return self.fc(self.features(x).view(len(x), -1))",
+        "y = self.conv(x)\n        return self.fc(y.view(len(x), 6, -1).mean(2))",
+    ],
+)
+def test_a_number_of_images_that_tracing_froze_is_noticed(custom, forward: str):
+    spec = custom(f"class Net(Base):\n    def forward(self, x):\n        {forward}\n")
+    with pytest.raises(ConfigError, match="openvino does not compute what torch does .* how many images"):
+        load_engine("openvino", spec, resolve(spec), "cpu", 8)
+    assert np.isfinite(load_engine("eager", spec, resolve(spec), "cpu", 3)(PIXELS)[0]).all()
+
+
+def test_a_network_that_asserts_its_size_is_converted_for_that(custom):
+    text = """
+        class Net(Base):
+            def forward(self, x):
+                assert x.shape[2] == x.shape[3] == 224
+                return self.fc(self.features(x))
+    """
+    spec = custom(text, transform={"resize": None, "crop": None})
+    assert load_engine("openvino", spec, resolve(spec), "cpu", 1).streams == 1
+
+
+def test_weights_that_have_diverged_are_not_blamed_on_openvino(custom, tmp_path: Path):
+    state = {"conv.weight": torch.rand(6, 3, 3, 3), "conv.bias": torch.full((6,), torch.nan)}
+    torch.save(state | {"fc.weight": torch.rand(3, 6), "fc.bias": torch.rand(3)}, tmp_path / "nan.pth")
+    spec = custom(FUNCTIONAL, weights="nan.pth")
+    with pytest.raises(WeightsError, match=r"not finite, in torch as well: its weights .*nan.pth"):
+        load_engine("openvino", spec, resolve(spec), "cpu", 1)
+
+
+def test_heads_that_switch_autocast_off_run_in_reduced_precision(custom):
+    spec = custom(
+        """
+        class Net(Base):
+            def forward(self, x):
+                x = self.features(x)
+                with torch.autocast("cpu", enabled=False):
+                    return self.fc(x.float())
+        """,
+        precision="bfloat16",
+    )
+    logits, _ = load_engine("eager", spec, resolve(spec), "cpu", 3)(PIXELS)
+    np.testing.assert_allclose(logits, computed(spec)[0], atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["x = F.dropout(x, 0.5)", "x = (x - x.mean(0)) / x.std(0)"],
+    ids=lambda line: line[4:13],
+)
+def test_rows_that_depend_on_their_neighbours_or_on_chance_are_refused(custom, line: str):
+    text = "class Net(Base):\n    def forward(self, x):\n        x = self.features(x)\n        {}\n        return self.fc(x)\n"
+    assert resolve(custom(text.format("pass"))).num_classes == 5
+    with pytest.raises(ConfigError, match=r"other numbers beside other images, or by chance"):
+        resolve(custom(text.format(line)))
+
+
+def test_a_last_linear_layer_that_is_no_head_is_said(custom, caplog: pytest.LogCaptureFixture):
+    text = """
+        class Net(Base):
+            def forward(self, x):
+                x = F.relu(self.conv(x))
+                x = x * torch.sigmoid(self.fc(x.mean((2, 3)))).mean(1)[:, None, None, None]
+                return x.mean((2, 3)) @ torch.ones(6, 7)
+    """
+    assert resolve(custom(text)).num_classes == 7
+    assert "the embedding is what fc is given, the last nn.Linear that net:Net executes" in caplog.text
+    caplog.clear()
+    resolve(custom(FUNCTIONAL))
+    assert caplog.text == ""
+
+
+def test_one_class_is_no_prediction(custom):
+    info = resolve(custom(FUNCTIONAL, num_classes=1))
+    with pytest.raises(ConfigError, match=r"one class, so every image would be of it.*output.predictions=false"):
+        result_columns(Output(url="out"), info)
+    assert result_columns(Output(url="out", predictions=False), info).embedding_dim == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("raise KeyError('A_VARIABLE')\ndef Net():\n    pass", "cannot import net:Net on this node: .*A_VARIABLE"),
+        ("def Net():\n    return nn.Sequential(nn.Flatten(), nn.LazyLinear(3))", "has lazy layers"),
+        ("def Net(depth):\n    return Base()", "calling net:Net failed with TypeError: .*missing 1 required"),
+        ("def Net():\n    return 3", "returned a int, not an nn.Module"),
+        ("def Net():\n    return Base().no_such", "calling net:Net failed with AttributeError"),
+    ],
+)
+def test_callables_that_give_no_network_are_refused(custom, text: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        build(custom(text))
+
+
+def test_dropout_and_batch_norm_are_in_inference_mode(custom):
+    text = """
+        def Net():
+            layers = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout()
+            return nn.Sequential(*layers, nn.Linear(6, 5)).train()
+    """
+    spec = custom(text)
+    network = build(spec)
+    assert int(network.body[1].num_batches_tracked) == 0  # looking for the head has trained nothing
+    assert np.array_equal(computed(spec)[0], computed(spec)[0])
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [(None, None), ([0.5] * 3, None), (None, [0.25] * 3), ([0.1, 0.2, 0.3], [1.0] * 3)]
+)
+def test_normalisation_belongs_to_the_network(custom, mean, std):
+    text = "def Net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 2))"
+    spec = custom(text, transform={"resize": None, "crop": 64, "mean": mean, "std": std})
+    expected = PIXELS.astype(np.float32).transpose(0, 3, 1, 2) / 255
+    expected = (expected - np.reshape(mean or [0] * 3, (3, 1, 1))) / np.reshape(std or [1] * 3, (3, 1, 1))
+    np.testing.assert_allclose(computed(spec)[1], expected.reshape(3, -1), atol=1e-6)
+
+
+def test_without_a_size_the_network_is_tried_at_several(custom):
+    """One that takes 32 pixels alone, as CIFAR networks with fixed pooling do."""
+    text = "def Net():\n    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.AvgPool2d(32), nn.Flatten(), nn.Linear(4, 5))"
+    network = build(custom(text, transform={"resize": None, "crop": None}))
+    assert (network.head.input_size, network.head.embedding_dim) == (32, 4)
+
+
+def test_what_can_change_unseen_is_not_remembered(custom, job, cache: Path):
+    spec = custom(FUNCTIONAL)
+    resolve(spec)
+    assert cache_key(spec, "torch") is None
+    assert not (cache / "info").exists()
+    own = make_spec(job(name="pipeline.examples.network:digits_resnet20", weights="random"))
+    assert cache_key(own, "torch") != cache_key(make_spec(job(weights="random")), "torch")
