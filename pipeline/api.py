@@ -73,6 +73,8 @@ def plan(
     """
     from pipeline.planning import make_plan, model_and_dataset
 
+    if price_per_hour is not None and not estimate:
+        raise ConfigError("a price without an estimate says nothing: ask for the estimate as well (--estimate).")
     job = _load(config)
     spec, dataset = model_and_dataset(job)  # a run would be refused for another model's dataset
     found = make_plan(job, retry_errors)

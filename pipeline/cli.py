@@ -22,7 +22,7 @@ from rich.text import Text
 import pipeline
 from pipeline import api
 from pipeline.config import JobConfig, load_config
-from pipeline.errors import ExitCode, PipelineError, redact
+from pipeline.errors import ConfigError, ExitCode, PipelineError, redact
 from pipeline.estimation import describe
 from pipeline.report import facts, summary
 
@@ -95,6 +95,8 @@ def run(
     """Label and embed what is new or changed."""
     with _reporting(debug) as out:
         config = _config(arguments)
+        if limit is not None and retry_errors:
+            raise ConfigError("--limit prints samples and writes nothing, so that there is nothing to --retry-errors.")
         if limit is not None:
             rows = api.preview(config, limit)
             _print(rows.to_pylist(), as_json, out, lambda: _rows_table(rows))

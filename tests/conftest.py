@@ -11,6 +11,14 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only; set before ray is imported
 
 
+@pytest.fixture(scope="session", autouse=True)
+def node_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of converted networks and the like for this session: none that an older code has made."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RESNET_BATCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray with two CPUs, shared by all tests that run a flow in this process."""

@@ -125,6 +125,19 @@ def test_usage_errors_are_2():
         assert "Usage:" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["plan", "--price", "5"], "a price without an estimate says nothing"),
+        (["run", "--limit", "5", "--retry-errors", "all"], "nothing to --retry-errors"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(words: list[str], says: str, folder: Path):
+    result = invoke(words[0], folder / "job.yaml", *words[1:])
+    assert result.exit_code == ExitCode.USAGE
+    assert says in sentence(result)
+
+
 def test_the_program_is_light_and_answers_at_once(folder: Path):
     """`plan` and `status` load neither torch nor Ray, and work with nothing that is only there for a run."""
     script = (

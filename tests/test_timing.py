@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
-
 import pytest
 
 from pipeline import timing
@@ -12,73 +9,79 @@ from pipeline.deaths import Guard, NoNotes
 from pipeline.timing import Busy, Spent, Stopwatch
 
 
-def burn(seconds: float) -> None:
-    until = time.thread_time() + seconds
-    while time.thread_time() < until:
-        pass
+class Clock:
+    """Time that passes when it is told to: in seconds, 0 at first."""
+
+    def __init__(self) -> None:
+        self.wall = self.cpu = 0.0
+
+    def perf_counter(self) -> float:
+        return self.wall
+
+    def thread_time(self) -> float:
+        return self.cpu
+
+    process_time = thread_time
+
+    def wait(self, seconds: float) -> None:
+        self.wall += seconds
+
+    def work(self, seconds: float) -> None:
+        self.wall += seconds
+        self.cpu += seconds
 
 
-def test_a_stopwatch_tells_waiting_from_work_and_stage_from_stage() -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(timing, "time", clock)
+    return clock
+
+
+def test_a_stopwatch_tells_waiting_from_work_and_stage_from_stage(clock: Clock) -> None:
     watch = Stopwatch()
-    time.sleep(0.05)  # before any stage
+    clock.wait(1)  # before any stage
     watch.switch("read")
-    time.sleep(0.1)
+    clock.wait(2)
     watch.switch("decode")
-    burn(0.1)
+    clock.work(4)
     watch.switch(None)
-    burn(0.05)
-    spent = watch.take()
-    assert 0.1 <= spent.read_s < spent.read_cpu_s + 0.3
-    assert spent.read_cpu_s < 0.05
-    assert 0.09 < spent.decode_cpu_s < 0.15
-    assert spent.decode_s >= spent.decode_cpu_s - 0.01
+    clock.work(8)
+    assert watch.take() == Spent(read_s=2, read_cpu_s=0, decode_s=4, decode_cpu_s=4)
     assert watch.take() == Spent()
 
 
-def test_two_calls_at_once_are_one_time_of_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "REPORT_EVERY_S", 0.0)
+def test_two_calls_at_once_are_one_time_of_work(clock: Clock) -> None:
     busy = Busy()
-
-    def work() -> None:
+    clock.wait(1)
+    with busy.work():
+        clock.work(2)
         with busy.work():
-            time.sleep(0.2)
-
-    begun = time.perf_counter()
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    both = time.perf_counter() - begun
-    time.sleep(0.1)
-    spent = busy.take()
-    assert spent is not None
-    assert 0.2 <= spent.predict_s <= both
+            clock.work(4)
+        clock.wait(8)
+    clock.wait(16)
+    assert busy.take() == Spent(predict_s=14, predict_cpu_s=6)
 
 
-def test_work_that_goes_on_is_counted_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "REPORT_EVERY_S", 0.0)
+def test_work_that_goes_on_is_counted_so_far(clock: Clock) -> None:
     busy = Busy()
     with busy.work():
-        time.sleep(0.05)
-        first = busy.take()
-        time.sleep(0.05)
-    second = busy.take()
-    assert first is not None
-    assert second is not None
-    assert first.predict_s >= 0.05
-    assert second.predict_s >= 0.05
-    assert Busy().take() is not None
+        clock.wait(2)
+        assert busy.take() == Spent(predict_s=2)
+        clock.wait(3)
+    assert busy.take() == Spent(predict_s=3)
 
 
-def test_nothing_is_told_twice_a_second() -> None:
+def test_nothing_is_told_twice_a_second(clock: Clock) -> None:
     busy = Busy()
     with busy.work():
-        time.sleep(0.01)
+        clock.wait(0.9)
     assert busy.take() is None
+    clock.wait(0.1)
+    assert busy.take() == Spent(predict_s=0.9)
 
 
-def test_a_guard_tells_what_the_blocks_took() -> None:
+def test_a_guard_tells_what_the_blocks_took(clock: Clock) -> None:
     told: list[Spent] = []
 
     class Notes(NoNotes):
@@ -90,13 +93,11 @@ def test_a_guard_tells_what_the_blocks_took() -> None:
     def blocks():
         for block in range(2):
             guard.check("read", 0, block)
-            time.sleep(0.03)
+            clock.wait(3)
             guard.check("decode", 0, block)
-            burn(0.03)
+            clock.work(5)
             yield block
 
     for _ in guard.watch(blocks()):
-        time.sleep(0.1)  # handing the block on is neither
-    (spent,) = told
-    assert 0.06 <= spent.read_s < 0.1
-    assert 0.06 <= spent.decode_cpu_s < 0.1
+        clock.wait(10)  # handing the block on is neither
+    assert told == [Spent(read_s=6, decode_s=10, decode_cpu_s=10)]

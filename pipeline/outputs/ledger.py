@@ -1,5 +1,5 @@
 """The ledger, as pure functions: which marks are to be believed, what a commit does in which order, and which shards
-the receipts have completed. Nothing here reads or writes; `commit.py`, `dataset.py` and `flow.py` do what is decided
+the receipts have completed. Nothing here reads or writes; `commit.py`, `dataset.py` and `driver.py` do what is decided
 here.
 
 The order of writes in a commit. Each line must be safe to die after, and to be overtaken by another committer:

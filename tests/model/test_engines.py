@@ -45,14 +45,17 @@ Load = Callable[..., Engine]
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
     """`load("eager", precision=…, batch_size=…, crop=…)`: that engine with the network that discriminates, once."""
-    path = tmp_path_factory.mktemp("weights") / "net.pth"
+    folder = tmp_path_factory.mktemp("engines")
+    path = folder / "net.pth"
     torch.save(discriminating_state(), path)
 
     @functools.cache
     def load(name: str, precision: str = "float32", batch_size: int = BATCH_SIZE, crop: int | None = SIZE) -> Engine:
         transform = {"resize": crop, "crop": crop}
         spec = make_spec(make_job(name="resnet18", weights=str(path), precision=precision, transform=transform))
-        return load_engine(name, spec, resolve(spec), "cpu", batch_size, threads=2)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RESNET_BATCH_CACHE", str(folder / "cache"))  # one for all, so that it is converted once
+            return load_engine(name, spec, resolve(spec), "cpu", batch_size, threads=2)
 
     return load
 
