@@ -67,7 +67,7 @@ def test_committed_and_open_shards_are_counted_in_the_report(clock: Clock):
 
 
 def test_the_rate_is_that_of_the_steady_state(clock: Clock):
-    """From the first block to the last, without what the first block brought: it was made while all was starting up."""
+    """Over the second half of the images: the first was in part made while all was starting up."""
     counter = Counter(report(), 1, 1, clock)
     assert counter.images_per_s == 0
     clock.now += 60  # starting up

@@ -199,33 +199,22 @@ def batches(block: pa.Table, rows: np.ndarray, batch_size: int) -> Iterator[Batc
 
 
 class _PixelColumn:
-    """The pixels of a block as views of its buffers."""
+    """The pixels of a block as views of its buffer; of several chunks, as Ray may have merged them, a copy is made."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
-        self._chunks: list[tuple[np.ndarray, np.ndarray]] = []  # bytes, offsets of values
-        self._starts: list[int] = []
-        start = 0
-        for chunk in column.chunks:
-            _, offsets, data = chunk.buffers()
-            values = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
-            window = np.frombuffer(offsets, np.int64, len(chunk) + 1, chunk.offset * 8)
-            self._chunks.append((values, window))
-            self._starts.append(start)
-            start += len(chunk)
+        chunk = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+        _, offsets, data = chunk.buffers()
+        self._bytes = np.frombuffer(data, np.uint8)
+        self._offsets = np.frombuffer(offsets, np.int64, len(chunk) + 1, chunk.offset * 8)
 
     def batch(self, rows: np.ndarray, shape: tuple[int, int, int], batch_size: int) -> np.ndarray:
         """uint8 (batch_size, *shape); rows beyond `rows` are zero."""
-        number = int(np.searchsorted(self._starts, rows[0], side="right")) - 1
-        values, offsets = self._chunks[number]
-        first, last = rows[0] - self._starts[number], rows[-1] - self._starts[number]
-        if len(rows) == batch_size == last - first + 1 and last + 1 < len(offsets):
-            return values[offsets[first] : offsets[last + 1]].reshape(batch_size, *shape)
+        first, last = rows[0], rows[-1]
+        if len(rows) == batch_size == last - first + 1:
+            return self._bytes[self._offsets[first] : self._offsets[last + 1]].reshape(batch_size, *shape)
         gathered = np.zeros((batch_size, *shape), np.uint8)
         for place, row in enumerate(rows):
-            number = int(np.searchsorted(self._starts, row, side="right")) - 1
-            values, offsets = self._chunks[number]
-            at = row - self._starts[number]
-            gathered[place] = values[offsets[at] : offsets[at + 1]].reshape(shape)
+            gathered[place] = self._bytes[self._offsets[row] : self._offsets[row + 1]].reshape(shape)
         return gathered
 
 

@@ -41,7 +41,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(first: Path, tmp_path: Path) -> Path:
-    """A copy of `first` under another path: its shards are other shards, so it is moved back and forth instead."""
+    """`first`, put back afterwards as it was: under another path its shards would be other shards."""
     backup = tmp_path / "backup"
     shutil.copytree(first, backup, copy_function=shutil.copy2)
     yield first
