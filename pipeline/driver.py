@@ -159,9 +159,9 @@ class Run:
             self._end_execution()
             self._finish()
             raise
-        finally:
-            self._stop(pump)
+        finally:  # the report first: another signal may come while the pump is waited for
             self._watcher.on_unfinished([self._tasks[number] for number in self._progress.unsettled()])
+            self._stop(pump)
 
     def usage(self, cluster: Cluster, actors: int, device: str) -> Usage | None:
         """What the time since the run began went into; None where the committer can't tell, which is no failure."""

@@ -59,7 +59,7 @@ def run(config: JobConfig, retry_errors: Iterable[str] | str = ()) -> RunReport:
             _execute(plan, config, spec, dataset, cluster, report)
     _conclude(report, len(plan.tasks))
     report.seconds = round(time.monotonic() - started, 3)
-    if plan.tasks and not report.open:
+    if plan.tasks and report.exit_code is not ExitCode.INCOMPLETE:
         report.prediction = _score(report, plan, dataset)
     _leave(report, dataset)
     return report
@@ -142,11 +142,12 @@ def _execute(
 
 
 def _conclude(report: RunReport, num_tasks: int) -> None:
-    if report.open:
+    num_open = num_tasks - report.shards_committed
+    if num_open:
         report.exit_code = ExitCode.INCOMPLETE
         stopped = f"{report.message}; " if report.message else ""
         report.message = (
-            f"{stopped}{report.shards_committed} of {num_tasks} shards committed, {len(report.open)} stay open."
+            f"{stopped}{report.shards_committed} of {num_tasks} shards committed, {num_open} stay open."
             " Run again: it does only these."
         )
     elif not num_tasks:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import AccessDenied, StoreUnavailable
+from pipeline.errors import AccessDenied, ExitCode, StoreUnavailable
 from pipeline.estimation import PREDICTION
 from pipeline.outputs.dataset import Dataset
 from pipeline.planning import Plan
 from pipeline.report import RunReport
-from pipeline.running import _leave, _score
+from pipeline.running import _conclude, _leave, _score
 from pipeline.storage import Store
 
 
@@ -42,3 +42,13 @@ def test_a_damaged_prediction_is_not_scored(text: str, tmp_path: Path) -> None:
     dataset = Dataset(str(tmp_path), Store())
     dataset.store.put(dataset.path(*PREDICTION), text.encode())
     assert _score(RunReport("run", str(tmp_path)), Plan([]), dataset) == {}
+
+
+def test_a_run_is_complete_only_if_every_shard_is_committed() -> None:
+    """Whatever became of the list of those that stay open."""
+    report = RunReport("run", "labels", shards_committed=2, predicted=10)
+    _conclude(report, 3)
+    assert (report.exit_code, report.message[:47]) == (
+        ExitCode.INCOMPLETE,
+        "2 of 3 shards committed, 1 stay open. Run again",
+    )

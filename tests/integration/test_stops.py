@@ -7,7 +7,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +22,10 @@ from pipeline.cluster import Cluster
 from pipeline.config import make_config
 from pipeline.driver import Run, readable
 from pipeline.errors import ExitCode, Stopped
+from pipeline.inputs.shards import Shard, shard_id
 from pipeline.outputs.commit import CommitContext
 from pipeline.outputs.dataset import Dataset
+from pipeline.planning import Task
 from pipeline.report import Counter, RunReport
 from pipeline.rows import Columns
 from pipeline.storage import Store
@@ -126,10 +128,27 @@ def test_a_cluster_that_is_not_there_is_a_sentence_at_once(tmp_path: Path) -> No
     assert "cannot connect to 127.0.0.1:1" in (tmp_path / "driver.log").read_text()
 
 
-def idle_run(folder: Path, watcher: Counter) -> Run:
-    """Over no shards."""
+def idle_run(folder: Path, watcher: Counter, shards: Sequence[str] = ()) -> Run:
+    """Over shards that nobody reads."""
+    tasks = [Task(Shard(url, shard_id(url), "webdataset", "0", 1)) for url in shards]
     context = CommitContext(Dataset(str(folder), Store()), {}, Columns(True, True, "float16", 4), "noop")
-    return Run([], make_config(digits_config(folder, folder)), context, Cluster(1, 2, 0), watcher)
+    return Run(tasks, make_config(digits_config(folder, folder)), context, Cluster(1, 2, 0), watcher)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_second_signal_while_a_run_ends_hides_no_shard_that_is_open(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    class Impatient(Counter):
+        def on_tick(self) -> None:
+            raise KeyboardInterrupt
+
+    counter = Impatient(RunReport("1", ""), 1, 1)
+    run = idle_run(tmp_path, counter, ["file:///a.tar"])
+    with pytest.raises(KeyboardInterrupt):
+        run.loop(lambda: (iter(lambda: time.sleep(0.1), None), interrupted))
+    assert [shard["shard"] for shard in counter.report.open] == ["file:///a.tar"]
 
 
 @pytest.mark.usefixtures("ray_cluster")
