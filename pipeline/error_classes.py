@@ -29,6 +29,7 @@ ErrorClass = Literal[
     "unsupported_mode",
     # predict
     "not_finite",
+    "unsupported_size",
     # read, decode or predict
     "killed_worker",
 ]

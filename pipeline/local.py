@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError, Reject, clean
 from pipeline.inputs.readers import read
 from pipeline.inputs.shards import Shard, discover
 from pipeline.inputs.stream import pixel_blocks
-from pipeline.model.engines import choose_engine
+from pipeline.model.engines import find_engine
 from pipeline.model.spec import ModelSpec, result_columns
 from pipeline.model.zoo import resolve, share_cores
 from pipeline.nvjpeg import device_decoder
@@ -117,7 +117,7 @@ def _predictor(wanted: _Wanted, engine: str, device: str, batch_size: int, max_p
     spec, output = wanted.spec, wanted.output
     info = resolve(spec)
     columns = result_columns(output, info)
-    engine = choose_engine(engine, device, spec.precision)
+    engine = find_engine(engine, device, spec)
     settings = PredictorSettings(engine, device, batch_size, output.top_k, columns)
     return ResNetPredictor(spec, info, settings, decode=device_decoder(spec.transform, max_pixels, device))
 

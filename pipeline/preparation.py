@@ -16,7 +16,8 @@ from pipeline.deaths import Notes
 from pipeline.driver import readable
 from pipeline.errors import ConfigError
 from pipeline.inputs.shards import Shard
-from pipeline.model.engines import choose_engine
+from pipeline.model.engines import choose_engine, find_engine
+from pipeline.model.openvino_engine import is_converted
 from pipeline.model.predictor import PredictorSettings
 from pipeline.model.spec import ModelInfo, ModelSpec, result_columns
 from pipeline.model.tuning import choose_batch_size, remembered_batch_size
@@ -137,7 +138,7 @@ def _begin_settling(
 
 def _settle(spec: ModelSpec, config: JobConfig, on_gpu: bool, shards: Sequence[Shard], notes: Notes | None) -> _Settled:
     device = _device(spec, config, on_gpu)
-    engine, info = choose_engine(config.runtime.engine, device, spec.precision), resolve(spec)
+    info, engine = resolve(spec), find_engine(config.runtime.engine, device, spec)
     if spec.needs_calibration:
         spec = calibrate(spec, config, shards, notes)
     wanted = config.runtime.batch_size
@@ -152,6 +153,8 @@ def _remembered(spec: ModelSpec, config: JobConfig) -> _Settled | None:
     engine, info = choose_engine(config.runtime.engine, device, spec.precision), remembered(spec)
     if info is None or spec.needs_calibration:
         return None
+    if engine == "openvino" and spec.quantised is None and not spec.is_noop and not is_converted(spec):
+        return None  # perhaps it cannot be
     wanted = config.runtime.batch_size
     batch_size = wanted if wanted != "auto" else remembered_batch_size(spec, info, engine, device)
     return None if batch_size is None else _Settled(spec, info, device, engine, batch_size)

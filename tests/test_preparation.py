@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.cluster import Cluster
 from pipeline.config import make_config
+from pipeline.model.openvino_engine import converted
 from pipeline.model.spec import make_spec
 from pipeline.model.zoo import resolve
 from pipeline.preparation import PREDICT_CPUS, decode_cpus
@@ -22,6 +23,7 @@ import ray
 from pipeline.cluster import Cluster
 from pipeline.config import make_config
 from pipeline.preparation import prepare
+from pipeline.model.openvino_engine import converted
 from pipeline.model.spec import make_spec
 config = make_config(json.loads(sys.argv[1]))
 job = prepare(config, make_spec(config), Cluster(1, 2, 0, is_here=True), [])
@@ -33,7 +35,9 @@ print(ray.is_initialized(), *imported, job.settings.engine, job.settings.batch_s
 def test_what_this_node_remembers_is_not_asked_of_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RESNET_BATCH_CACHE", str(tmp_path / "cache"))
     config = digits_config(tmp_path, tmp_path / "labels")
-    resolve(make_spec(make_config(config)))
+    spec = make_spec(make_config(config))
+    resolve(spec)
+    converted(spec)
     assert output_of(python(PREPARE, json.dumps(config))) == "False False False openvino 16 10"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from typing import Protocol
 
@@ -16,6 +17,13 @@ from pipeline.model.zoo import share_cores
 
 Pixels = npt.NDArray[np.uint8]  # (B, H, W, 3)
 Rows = npt.NDArray[np.float32]  # (B, C) logits or (B, D) embeddings
+
+
+log = logging.getLogger(__name__)
+
+
+class Unconvertible(ConfigError):
+    """OpenVINO can't compute the network, or not as torch does."""
 
 
 class OutOfMemory(Exception):
@@ -62,6 +70,21 @@ def choose_engine(requested: str, device: str, precision: Precision) -> str:
             "model.precision: openvino computes in float32, bfloat16 or int8 on CPUs. Use one of them, or eager."
         )
     return requested
+
+
+def find_engine(requested: str, device: str, spec: ModelSpec) -> str:
+    """What `choose_engine` says; but where `auto` would be OpenVINO and it can't compute this network as torch does,
+    eager, which is said. Converts the network to find out, unless this node has done so."""
+    engine = choose_engine(requested, device, spec.precision)
+    if requested == "auto" and engine == "openvino" and not spec.is_noop and spec.precision != "int8":
+        from pipeline.model.openvino_engine import converted
+
+        try:
+            converted(spec)
+        except Unconvertible as cause:
+            log.warning("runtime.engine: auto is eager here. %s", cause)
+            return "eager"
+    return engine
 
 
 def load_engine(

@@ -38,7 +38,8 @@ class Head:
 class Network(nn.Module):
     """uint8 pixels (N, H, W, 3) to float32 logits (N, C) and float32 embedding (N, D).
 
-    Normalises on its device. The embedding is what the head was given, the last time that it was executed.
+    Normalises on its device. The embedding is what the head was given, the last time that it was executed. Raises
+    ValueError where it was not, or where there is not a row for each image; else what the network itself raises.
     """
 
     mean: Tensor | None
@@ -63,8 +64,14 @@ class Network(nn.Module):
             x = x.contiguous()
         self._inputs.clear()
         logits = self.body(x)
+        if not self._inputs:
+            raise ValueError(f"{self.head.name}, its last nn.Linear, was not executed")
         embedding = self._inputs[-1]
         self._inputs.clear()
+        if not len(logits) == len(embedding) == len(x):
+            raise ValueError(
+                f"it made {len(logits)} rows of logits and {len(embedding)} of features of {len(x)} images"
+            )
         return logits.to(torch.float32), embedding.to(torch.float32)
 
     def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -111,8 +118,8 @@ def check_rows(network: Network, name: str) -> None:
 
 
 def _width(found: Any, what: str) -> int:
-    if isinstance(found, Tensor) and found.ndim == 2 and found.shape[0] == 2:
-        return found.shape[1]
+    if _is_row_each(found):
+        return int(found.shape[1])
     shown = f"the shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
     raise ConfigError(
         f"{what} {shown} for 2 images, where a tensor of the shape (2, width) is needed: one row of logits and one"
@@ -120,17 +127,28 @@ def _width(found: Any, what: str) -> int:
     )
 
 
+def _is_row_each(found: Any) -> bool:
+    return isinstance(found, Tensor) and found.ndim == 2 and found.shape[0] == 2
+
+
 def _probe(body: nn.Module, sizes: Sequence[int], name: str) -> tuple[tuple[int, bool], Any, Executed]:
-    """The first of `sizes`, and whether contiguous, that the network runs with, its output, and the linear layers that
-    it executed."""
+    """The first of `sizes`, and whether contiguous, that the network makes a row for each image of, or at least runs
+    with; its output, and the linear layers that it executed."""
     failure: Exception | None = None
+    ran: tuple[tuple[int, bool], Any, Executed] | None = None
     for size, is_contiguous in product(sizes, (False, True)):
         images = torch.zeros(2, size, size, 3).permute(0, 3, 1, 2)  # as `Network.forward` gives them
         with torch.inference_mode(), _recorded_linears(body) as executed:
             try:
-                return (size, is_contiguous), body(images.contiguous() if is_contiguous else images), executed
+                output = body(images.contiguous() if is_contiguous else images)
             except Exception as error:  # noqa: BLE001 - a custom network may raise anything; reported below
                 failure = failure or error
+                continue
+        ran = ran or ((size, is_contiguous), output, executed)
+        if _is_row_each(output) and executed and _is_row_each(executed[-1][1]):
+            return (size, is_contiguous), output, executed
+    if ran is not None:
+        return ran
     raise ConfigError(
         f"the network {name} does not run on images of {' or '.join(map(str, sizes))} pixels: {clean(failure)}. Set"
         " model.transform.crop to the size that it takes."

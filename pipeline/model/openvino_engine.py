@@ -15,6 +15,7 @@ import sys
 import tempfile
 import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -24,7 +25,7 @@ import numpy as np
 
 from pipeline.errors import ConfigError, WeightsError, clean, redact
 from pipeline.model.cache import cache_directory, fetch, lock, new_folder
-from pipeline.model.engines import Pixels, Rows, num_cores
+from pipeline.model.engines import Pixels, Rows, Unconvertible, num_cores
 from pipeline.model.spec import ModelInfo, ModelSpec, Quantised
 from pipeline.model.zoo import build, cache_key
 
@@ -134,6 +135,8 @@ def compiled(network: Any, precision: str, threads: int, streams: int = 1) -> An
         # By itself OpenVINO leaves out the second thread of a core, and divides what remains unevenly.
         "ENABLE_HYPER_THREADING": "YES",
     }
+    if any(operation.get_type_name() == "GroupNormalization" for operation in network.get_ops()):
+        settings["SNIPPETS_MODE"] = "DISABLE"  # else compiling a ResNet with group norms of a fixed size is a segfault
     found = openvino.Core().compile_model(network, "CPU", settings)
     chosen = found.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if chosen != precision:
@@ -141,14 +144,28 @@ def compiled(network: Any, precision: str, threads: int, streams: int = 1) -> An
     return found
 
 
+def is_converted(spec: ModelSpec) -> bool:
+    """Whether this node's cache holds the network."""
+    folder = _folder(spec)
+    return folder is not None and folder.is_dir()
+
+
+def _folder(spec: ModelSpec) -> Path | None:
+    key = cache_key(spec, "openvino", "torch", "torchvision")
+    return cache_directory("openvino") / key if key else None
+
+
 def converted(spec: ModelSpec) -> Any:
-    """The fp32 network: read from this node's cache, or converted and left there if that is sound."""
+    """The fp32 network: read from this node's cache, or converted and left there if that is sound.
+
+    Raises Unconvertible, and what `zoo.build` raises.
+    """
+    check_installed()
     import openvino
 
-    key = cache_key(spec, "openvino", "torch", "torchvision")
-    if key is None:
+    folder = _folder(spec)
+    if folder is None:
         return _convert(spec)
-    folder = cache_directory("openvino") / key
     with lock(str(folder)):
         if not folder.is_dir():
             with new_folder(folder) as temporary:
@@ -192,6 +209,7 @@ def _stored(quantised: Quantised) -> Any:
 
 def _convert(spec: ModelSpec) -> Any:
     """Trace the network and translate the trace. Not by `openvino.convert_model`, which sends usage statistics."""
+    import openvino
     import torch
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
@@ -203,31 +221,31 @@ def _convert(spec: ModelSpec) -> Any:
         with warnings.catch_warnings(action="ignore"):  # tracing warns of what `_check_agreement` tests
             decoder = TorchScriptPythonDecoder(network, example_input=(example,))
             frontend = FrontEndManager().load_by_framework("pytorch")
-            model = frontend.convert(frontend.load(decoder))
+            loaded = frontend.load(decoder)
+            if spec.transform.crop:  # what is computed from the size is then a constant
+                loaded.set_partial_shape(loaded.get_inputs()[0], openvino.PartialShape([-1, side, side, 3]))
+            model = frontend.convert(loaded)
     except Exception as error:
-        raise ConfigError(
-            f"runtime.engine: openvino can't convert the network {spec.name}: {clean(error)}. Use runtime.engine=eager."
+        raise Unconvertible(
+            f"OpenVINO can't convert the network {spec.name}: {clean(error)}. With runtime.engine=eager it is computed."
         ) from error
     _check_agreement(network, model, spec)
     return model
 
 
 def _check_agreement(network: Network, model: Any, spec: ModelSpec) -> None:
-    """ConfigError unless the converted network gives torch's numbers, at two sizes where images have their own."""
+    """Unconvertible unless the converted network gives torch's numbers."""
     import torch
 
-    side = network.head.input_size
     differs = (
-        f"runtime.engine: openvino does not compute what torch does with the network {spec.name}, perhaps because what"
-        " it does depends on its input, or on how many images there are. Use runtime.engine=eager."
+        f"OpenVINO does not compute what torch does with the network {spec.name}, perhaps because what it does depends"
+        " on its input, or on the size or the number of the images. With runtime.engine=eager it is computed."
     )
-    # Three images, since two were traced: what the network makes of their number would be frozen as well.
-    noise = np.random.default_rng(0).integers(0, 256, (3, side + 32, side, 3), np.uint8)
     engine = None
-    for pixels in [noise[:, :side]] if spec.transform.crop else [noise[:, :side], noise]:
+    for pixels in _examples(network.head.input_size, spec.transform.crop is not None):
         try:
             with torch.inference_mode():
-                expected = [rows.numpy() for rows in network(torch.from_numpy(pixels.copy()))]
+                expected = [rows.numpy() for rows in network(torch.from_numpy(pixels))]
         except Exception:
             if engine is None:
                 raise
@@ -241,9 +259,21 @@ def _check_agreement(network: Network, model: Any, spec: ModelSpec) -> None:
             engine = engine or OpenVinoEngine(compiled(model.clone(), "f32", num_cores()))
             found = engine(pixels)
         except RuntimeError as error:
-            raise ConfigError(f"{differs} OpenVINO says: {clean(error)}") from error
+            raise Unconvertible(f"{differs} OpenVINO says: {clean(error)}") from error
         if not all(_agree(*rows) for rows in zip(found, expected, strict=True)):
-            raise ConfigError(differs)
+            raise Unconvertible(differs)
+
+
+def _examples(side: int, is_fixed: bool) -> Iterator[Pixels]:
+    """Batches uint8 (3, H, W, 3) of another kind than the two black images of `side` pixels that are traced: what a
+    network makes of how many they are, of how bright or of what size would be frozen. The first is of that size."""
+    noise = np.random.default_rng(0).integers(0, 256, (3, side + 32, side + 32, 3), np.uint8)
+    yield np.ascontiguousarray(noise[:, :side, :side])
+    bright = np.linspace(160, 255, 3 * side * side * 3).reshape(3, side, side, 3)
+    yield bright.astype(np.uint8)
+    if not is_fixed:
+        for height, width in ((side + 32, side), (side, side + 32), (side + 32, side + 32), (side // 2, side // 2)):
+            yield np.ascontiguousarray(noise[:, :height, :width])
 
 
 def _agree(found: Rows, wanted: Rows) -> bool:

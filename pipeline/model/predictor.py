@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.deaths import LONE_DEATHS, SPLIT_AFTER, NoNotes, Notes, killer
-from pipeline.errors import FatalError, Reject
+from pipeline.errors import FatalError, Reject, clean
 from pipeline.model.engines import OutOfMemory, load_engine
 from pipeline.model.results import Batch, Results, Wanted, connect
 from pipeline.model.spec import ModelInfo, ModelSpec
@@ -21,6 +23,8 @@ from pipeline.rows import IDENTITY, VERDICT, Columns, Kind
 from pipeline.timing import Busy
 
 IMAGE_SIZE = ["pixel_width", "pixel_height"]
+
+DEVICE_ERROR = re.compile("cuda|cudnn|cublas|accelerator", re.IGNORECASE)
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +59,8 @@ class ResNetPredictor:
         self._settings, self._decode = settings, decode
         self._notes = notes or NoNotes()
         self._fits = settings.batch_size  # images that the device has memory for
+        self._is_fixed = info.input_size is not None  # else images come in sizes of their own
+        self._has_computed = False
         self.columns = settings.columns
         # One thread has an engine of torch's, whichever thread a block comes in: it does one batch at a time, and torch
         # keeps CUDA graphs and a CPU's worker threads for each thread that computes.
@@ -111,40 +117,63 @@ class ResNetPredictor:
         kinds = block["kind"].to_numpy()
         schema = self._settings.columns.pieces()
         others = _padded(block.take(np.flatnonzero(kinds != Kind.SAMPLE)), schema)
-        samples = block.drop_columns(["pixels"]).take(np.flatnonzero(kinds == Kind.SAMPLE))
-        if samples.num_rows == 0:
+        wanted = np.flatnonzero(kinds == Kind.SAMPLE)
+        if len(wanted) == 0:
             return others
-        results = self._results(block, np.flatnonzero(kinds == Kind.SAMPLE))
+        results, refused = self._results(block, wanted)
+        samples = block.drop_columns(["pixels"])
+        for row, reject in refused.items():
+            others = pa.concat_tables([others, _padded(_rejected(samples.slice(row, 1), reject), schema)])
+        if results is None:
+            return others
+        samples = samples.take(np.setdiff1d(wanted, list(refused)))
         rows, is_finite = self._rows(samples, results), results.is_finite
         if not is_finite.all():
             others = pa.concat_tables([others, _padded(_rejected(samples.filter(~is_finite), NOT_FINITE), schema)])
             rows = rows.filter(is_finite)
         return pa.concat_tables([rows.select(schema.names).cast(schema), others])
 
-    def _results(self, block: pa.Table, wanted: np.ndarray) -> Results:
-        """Of the wanted rows, in their order."""
+    def _results(self, block: pa.Table, wanted: np.ndarray) -> tuple[Results | None, dict[int, Reject]]:
+        """Of the wanted rows, in their order, None if there are none; and of those that the network does not take, why.
+
+        An image is blamed only where images have sizes of their own, and others went well: else it is the network's
+        or the device's fault, and raised.
+        """
         is_left = np.zeros(block.num_rows, np.bool_)
         is_left[wanted] = True
         found: list[tuple[np.ndarray, Results]] = []
+        refused: dict[int, Reject] = {}
+        failure: Exception | None = None  # since the first one, batches are computed alone, so that each is its own
         while is_left.any():
             size = self._fits
+            todo = batches(block, np.flatnonzero(is_left), size)
+            one = next(todo) if failure else None
             try:
-                for rows, results in self._compute(batches(block, np.flatnonzero(is_left), size)):
+                for rows, results in self._compute(todo if one is None else [one]):
                     found.append((rows, results))
                     is_left[rows] = False
-            except OutOfMemory as cause:
-                self._halve(size, block.select(IMAGE_SIZE).filter(is_left), cause)
+            except Exception as cause:  # noqa: BLE001 - a network may raise anything; raised or recorded below
+                if isinstance(cause, OutOfMemory) and size > 1:
+                    self._halve(size)
+                    continue
+                if self._is_fixed or _is_of_device(cause):
+                    _give_up(cause, block.select(IMAGE_SIZE).filter(is_left))
+                failure = cause
+                if one is not None:
+                    refused.update(dict.fromkeys(one[0].tolist(), _size_refused(cause)))
+                    is_left[one[0]] = False
+                    self._fits = self._settings.batch_size  # there may be room for the others
+        if not found:
+            if failure and not self._has_computed:
+                _give_up(failure, block.select(IMAGE_SIZE).take(wanted))
+            return None, refused
+        self._has_computed = True
         order = np.argsort(np.concatenate([rows for rows, _ in found]))
-        return Results(*(np.concatenate(column)[order] for column in zip(*(r for _, r in found), strict=True)))
+        columns = zip(*(results for _, results in found), strict=True)
+        return Results(*(np.concatenate(column)[order] for column in columns)), refused
 
-    def _halve(self, size: int, left: pa.Table, cause: OutOfMemory) -> None:
+    def _halve(self, size: int) -> None:
         """Go on with batches of half this size."""
-        if size == 1:
-            width, height = (pc.max(left[name]).as_py() for name in IMAGE_SIZE)
-            raise FatalError(
-                f"the device has not enough memory for a single image of {width} x {height} pixels. Use a larger"
-                " device, runtime.device=cpu, or a smaller model.transform."
-            ) from cause
         if self._fits == size:  # else another thread met with the same
             self._fits = size // 2
             log.warning(
@@ -216,6 +245,27 @@ class _PixelColumn:
         for place, row in enumerate(rows):
             gathered[place] = self._bytes[self._offsets[row] : self._offsets[row + 1]].reshape(shape)
         return gathered
+
+
+def _size_refused(cause: Exception) -> Reject:
+    if isinstance(cause, OutOfMemory):
+        return Reject("predict", "too_large", "the device has too little memory for an image of this size")
+    return Reject("predict", "unsupported_size", f"the network fails with an image of this size: {clean(cause)}")
+
+
+def _is_of_device(cause: Exception) -> bool:
+    """Whether it is a GPU that is in trouble, whatever the image."""
+    return not isinstance(cause, OutOfMemory) and bool(DEVICE_ERROR.search(f"{type(cause).__name__}: {cause}"))
+
+
+def _give_up(cause: Exception, images: pa.Table) -> NoReturn:
+    if not isinstance(cause, OutOfMemory):
+        raise cause
+    width, height = (pc.max(images[name]).as_py() for name in IMAGE_SIZE)
+    raise FatalError(
+        f"the device has not enough memory for a single image of {width} x {height} pixels. Use a larger device,"
+        " runtime.device=cpu, or a smaller model.transform."
+    ) from cause
 
 
 NOT_FINITE = Reject("predict", "not_finite", "the network's result is not finite, or overflows the embedding's type")

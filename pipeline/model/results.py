@@ -79,7 +79,10 @@ class OnHost:
                     batch = next(left, None)
                 if batch is None:
                     break
-                done.append((batch[0], self._engine(batch[1])))
+                logits, embeddings = self._engine(batch[1])
+                if not len(logits) == len(embeddings) == len(batch[1]):
+                    raise ValueError(f"the network made {len(logits)} rows of {len(batch[1])} images")
+                done.append((batch[0], (logits, embeddings)))
         except BaseException:
             is_over.set()
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
@@ -28,6 +29,8 @@ from pipeline.model.zoo import build, cache_key
 ROWS = 8
 
 WARM_UP_SIZE = 64  # pixels, where images come in sizes of their own
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -96,15 +99,27 @@ def results_of(logits: Tensor, embeddings: Tensor, wanted: Wanted) -> tuple[Tens
 
 
 def load_eager(spec: ModelSpec, device: str, threads: int | None) -> TorchEngine:
-    """The network as it is, in channels_last. Sets threads and arithmetic, which torch keeps per process."""
+    """The network in channels_last, or as it is where it does not run so, which is said.
+
+    Sets threads and arithmetic, which torch keeps per process.
+    """
     _prepare(device, threads)
     dtype = DTYPES.get(spec.precision)
     network = build(spec)
-    layout = None if network.head.is_contiguous else torch.channels_last
-    network = network.to(torch.device(device), memory_format=layout)  # type: ignore[call-overload]
-    if dtype is not None:
-        _convert_weights(network, dtype)
-    return TorchEngine(network, torch.device(device), dtype)
+    side = network.head.input_size
+    with memory_errors():
+        if not network.head.is_contiguous:
+            network = network.to(memory_format=torch.channels_last)
+        if dtype is not None:
+            _convert_weights(network, dtype)
+        engine = TorchEngine(network.to(device), torch.device(device), dtype)
+    try:
+        engine(np.zeros((1, side, side, 3), np.uint8))
+    except RuntimeError as cause:  # some look at how their weights lie in memory, or at their type
+        log.warning("%s is computed as it is, which may be slower than in channels_last: %s", spec.name, clean(cause))
+        with memory_errors():
+            engine = TorchEngine(build(spec).to(device), torch.device(device), dtype)
+    return engine
 
 
 def load_compiled(spec: ModelSpec, info: ModelInfo, device: str, batch_size: int, threads: int | None) -> TorchEngine:

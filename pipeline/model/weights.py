@@ -11,6 +11,7 @@ import hashlib
 import io
 import logging
 import pickle
+import re
 import socket
 import sys
 import zipfile
@@ -35,6 +36,14 @@ WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "network",
 PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.")
 COUNTERS = ("num_batches_tracked", "n_averaged")
 SHOWN_KEYS = 10
+# How files begin that are often found under a checkpoint's name.
+OTHER_FILES = {
+    rb"$": "it is empty. Fetch it again",
+    rb"\s*<": "it is a web page. Fetch it again, and look at what the server says",
+    rb"version https://git-lfs": "it only names a file that Git LFS keeps. Fetch that: git lfs pull",
+    rb"\x1f\x8b": "it is compressed by gzip. Unpack it first",
+    rb".{257}ustar": "it is a tar. Unpack it first",
+}
 DOWNLOAD_TIMEOUT_S = 60.0
 
 
@@ -112,6 +121,9 @@ def parse(data: bytes, source: str) -> StateDict:
 
 
 def _unpickle(data: bytes, name: str) -> Any:
+    for magic, what in OTHER_FILES.items():
+        if re.match(magic, data, re.DOTALL):
+            raise WeightsError(f"{name} is no checkpoint: {what}.")
     _check_unfolded(data, name)
     try:
         with torch.serialization.safe_globals(_safe_globals()):
@@ -121,9 +133,15 @@ def _unpickle(data: bytes, name: str) -> Any:
             raise WeightsError(
                 f"{name} holds pickled objects besides tensors, which are not loaded, since loading them can run any"
                 " code. Where you trust the file, save its tensors alone: torch.save(network.state_dict(), path), or"
-                f" as .safetensors. torch says: {clean(error)}"
+                f" as .safetensors. torch says: {_first_sentence(error)}"
             ) from error
-        raise WeightsError(f"{name} is no checkpoint that torch can read: {clean(error)}.") from error
+        raise WeightsError(f"{name} is no checkpoint that torch can read: {_first_sentence(error)}.") from error
+
+
+def _first_sentence(error: Exception) -> str:
+    """Of what torch says; the rest is how to run the code in a pickle."""
+    text = str(error).partition("\n\nCheck the documentation")[0].rpartition("WeightsUnpickler error:")[2]
+    return clean(text.rpartition("\n\n")[2].partition(". ")[0] or type(error).__name__)
 
 
 def _check_unfolded(data: bytes, name: str) -> None:
@@ -137,8 +155,8 @@ def _check_unfolded(data: bytes, name: str) -> None:
         raise WeightsError(f"{name} is no checkpoint that torch can read: {clean(error)}.") from error
     if size > len(data):
         raise WeightsError(
-            f"{name} unfolds from {len(data)} bytes to {size}, which no file of torch's own does. Save it anew with"
-            " torch.save."
+            f"{name} unfolds from {len(data)} bytes to {size}, which nothing does that torch.save writes. Save its"
+            " tensors anew: torch.save(network.state_dict(), path)."
         )
 
 
@@ -188,7 +206,7 @@ def _without_prefix(key: str) -> str:
 
 def fill(network: nn.Module, state: StateDict, name: str) -> None:
     """Copy the tensors into the network. WeightsError that lists what differs unless they fit exactly."""
-    own = network.state_dict()
+    own = _tensors(network)
     # Counters of BatchNorm and of averaged networks may be there or not: inference doesn't need them. Of tensors under
     # several names some formats store one.
     stored = {own[key].data_ptr() for key in own if key in state}
@@ -199,9 +217,7 @@ def fill(network: nn.Module, state: StateDict, name: str) -> None:
     ]
     unexpected = [key for key in state if key not in own and not key.endswith(COUNTERS)]
     shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in own.items()
-        if key in state and state[key].shape != value.shape
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in _of_another_shape(own, state)
     ]
     if missing or unexpected or shapes:
         raise WeightsError(
@@ -211,7 +227,37 @@ def fill(network: nn.Module, state: StateDict, name: str) -> None:
             + _listed("of another shape", shapes)
             + ". Check model.name and model.num_classes."
         )
+    odd = [
+        f"{key} {str(state[key].dtype).removeprefix('torch.')}, {state[key].layout}"
+        for key, value in own.items()
+        if key in state and not key.endswith(COUNTERS) and not _is_plain(state[key], value)
+    ]
+    if odd:
+        raise WeightsError(
+            f"the weights {redact(name)} are not stored as plain numbers{_listed('that are something else', odd)}. Save"
+            " those of the network before it was quantised or pruned."
+        )
     network.load_state_dict(state, strict=False)
+
+
+def _is_plain(stored: Tensor, wanted: Tensor) -> bool:
+    """Whether a tensor's values are those that the network's own is to have, if perhaps in another precision."""
+    is_alike = stored.is_floating_point() == wanted.is_floating_point() and stored.is_complex() == wanted.is_complex()
+    return is_alike and stored.layout == torch.strided and not stored.is_meta and not stored.is_quantized
+
+
+def fits(network: nn.Module, state: StateDict) -> bool:
+    """Whether all tensors that both have are of one shape."""
+    return not _of_another_shape(_tensors(network), state)
+
+
+def _of_another_shape(own: StateDict, state: StateDict) -> list[str]:
+    return [key for key, value in own.items() if key in state and state[key].shape != value.shape]
+
+
+def _tensors(network: nn.Module) -> StateDict:
+    """Parameters and buffers by key, without what a module keeps besides (`get_extra_state`)."""
+    return {key: value for key, value in network.state_dict().items() if isinstance(value, Tensor)}
 
 
 def _listed(what: str, entries: list[str]) -> str:

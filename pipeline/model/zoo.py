@@ -69,7 +69,9 @@ def build(spec: ModelSpec) -> Network:
     share_cores()
     from pipeline.model.network import Network, find_head
 
-    body = _with_weights(spec).requires_grad_(False)
+    body = _with_weights(spec).eval()
+    for parameter in body.parameters():
+        parameter.requires_grad_(False)
     head = find_head(body, spec.transform.crop, spec.name)
     _check_num_classes(spec, head.num_classes)
     return Network(body, head, spec.transform).eval()
@@ -161,20 +163,21 @@ def _imagenet_names(spec: ModelSpec) -> tuple[str, ...] | None:
 
 
 def _with_weights(spec: ModelSpec) -> nn.Module:
-    """The network in eval mode, its class count taken from the weights unless the config gives one."""
+    """The network as made and filled, its class count taken from the weights unless the config gives one.
+
+    It has not been run before it is filled, and not been in eval mode: some derive tensors from their parameters then.
+    """
     from pipeline.model.network import find_head
-    from pipeline.model.weights import fill, load_state_dict, match_keys
+    from pipeline.model.weights import fill, fits, load_state_dict, match_keys
 
     make = _maker(spec)
     if spec.weights.kind == "random":
         return make(spec.num_classes or (len(spec.classes) if spec.classes else None))
     body = make(spec.num_classes)
     state = match_keys(load_state_dict(spec), body.state_dict())
-    if spec.num_classes is None:
-        head = find_head(body, spec.transform.crop, spec.name)
-        rows = state.get(f"{head.name}.weight", head.linear.weight).shape[0]
-        if rows != head.linear.out_features:
-            body = make(rows)
+    if spec.num_classes is None and not fits(body, state):
+        head = find_head(body.eval(), spec.transform.crop, spec.name)
+        body = make(state.get(f"{head.name}.weight", head.linear.weight).shape[0])
     fill(body, state, spec.weights.reference)
     return body
 
@@ -224,4 +227,4 @@ def _make(factory: Callable[[], Any], spec: ModelSpec) -> nn.Module:
         raise ConfigError(f"model.name: {spec.name} returned a {type(body).__name__}, not an nn.Module.")
     if any(isinstance(parameter, torch.nn.parameter.UninitializedParameter) for parameter in body.parameters()):
         raise ConfigError(f"model.name: {spec.name} has lazy layers. Run it once in the callable, or give their sizes.")
-    return body.cpu().eval()  # some put themselves on the GPU
+    return body.cpu().float()  # some put themselves on the GPU, or into another precision than the reference's

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,10 @@ import torch
 from pipeline.config import Output
 from pipeline.errors import ConfigError, WeightsError
 from pipeline.model.engines import load_engine
+from pipeline.model.source import load_callable
 from pipeline.model.spec import ModelSpec, make_spec, result_columns
 from pipeline.model.zoo import build, cache_key, resolve
-from tests.model.helpers import PIXELS, computed, normalised
+from tests.model.helpers import PIXELS, computed, normalised, output_of, python
 
 PRELUDE = """
 import torch
@@ -193,9 +195,117 @@ def test_networks_that_view_their_maps_as_they_lie_in_memory(custom, engine: str
 )
 def test_a_number_of_images_that_tracing_froze_is_noticed(custom, forward: str):
     spec = custom(f"class Net(Base):\n    def forward(self, x):\n        {forward}\n")
-    with pytest.raises(ConfigError, match="openvino does not compute what torch does .* how many images"):
+    with pytest.raises(ConfigError, match="OpenVINO does not compute what torch does .* the number of the images"):
         load_engine("openvino", spec, resolve(spec), "cpu", 8)
     assert np.isfinite(load_engine("eager", spec, resolve(spec), "cpu", 3)(PIXELS)[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("forward", "size"),
+    [
+        ("x = F.avg_pool2d(x, x.size()[3])", None),
+        ("x = x - x.mean((2, 3), keepdim=True) if x.mean() > 0.3 else x", 64),
+    ],
+    ids=["pools by its size", "depends on brightness"],
+)
+def test_what_tracing_froze_besides_is_noticed_as_well(custom, forward: str, size: int | None):
+    text = f"""
+        class Net(Base):
+            def forward(self, x):
+                x = F.relu(self.conv(x)) if {size} is None else x
+                {forward}
+                return self.fc((x if {size} is None else self.conv(x)).mean((2, 3)))
+    """
+    spec = custom(text, transform={"resize": None, "crop": size})
+    with pytest.raises(ConfigError, match="OpenVINO does not compute what torch does"):
+        load_engine("openvino", spec, resolve(spec), "cpu", 8)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "return self.fc(F.avg_pool2d(y.clamp(min=1e-6) ** 3, (y.size(-2), y.size(-1))).flatten(1))",
+        "return self.fc(F.adaptive_avg_pool2d(F.group_norm(y, 2), 1).flatten(1))",
+    ],
+    ids=["generalised mean", "group norm"],
+)
+def test_networks_that_need_their_size_to_be_converted(custom, body: str):
+    text = f"class Net(Base):\n    def forward(self, x):\n        y = F.relu(self.conv(x))\n        {body}\n"
+    spec = custom(text)
+    found = load_engine("openvino", spec, resolve(spec), "cpu", 3)(PIXELS)
+    for rows, expected in zip(found, computed(spec), strict=True):
+        np.testing.assert_allclose(rows, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_resnet_with_group_norms_is_compiled(custom):
+    """In a process of its own: OpenVINO crashed."""
+    text = "def make():\n    from torchvision.models import resnet18\n    return resnet18(norm_layer=lambda c: nn.GroupNorm(32, c))"
+    spec = custom(text, "net:make")
+    code = """
+import pickle, sys
+from pipeline.model.engines import load_engine
+from pipeline.model.zoo import resolve
+spec = pickle.loads(bytes.fromhex(sys.argv[1]))
+print(load_engine("openvino", spec, resolve(spec), "cpu", 2).streams)
+"""
+    assert output_of(python(code, pickle.dumps(spec).hex())) == "2"
+
+
+def test_weights_are_in_place_before_a_network_derives_anything_from_them(custom, tmp_path: Path):
+    text = """
+        class Net(Base):
+            def __init__(self):
+                super().__init__()
+                self.more = nn.Parameter(torch.ones(5, 6))
+                self.cached = None
+            def train(self, mode=True):
+                if not mode and self.training:
+                    self.fc.weight.data += self.more.data
+                return super().train(mode)
+            def forward(self, x):
+                if self.cached is None:
+                    self.cached = F.normalize(self.more)
+                return self.fc(self.features(x)) + self.cached.sum()
+    """
+    state = {"conv.weight": torch.rand(6, 3, 3, 3), "conv.bias": torch.rand(6), "more": torch.rand(5, 6)}
+    torch.save(state | {"fc.weight": torch.rand(5, 6), "fc.bias": torch.rand(5)}, tmp_path / "net.pth")
+    spec = custom(text, weights="net.pth")
+    body = load_callable(spec.source)()
+    body.load_state_dict(torch.load(tmp_path / "net.pth"))
+    with torch.inference_mode():
+        expected = body.eval()(normalised(PIXELS))
+    np.testing.assert_allclose(computed(spec)[0], expected.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["half", "double"])
+def test_a_network_in_another_precision_is_computed_in_float32(custom, precision: str):
+    spec = custom(f"def make():\n    return Net().{precision}()\n{FUNCTIONAL}", "net:make")
+    assert computed(spec)[0].dtype == np.float32
+
+
+def test_a_network_that_looks_at_how_its_weights_lie_runs_as_it_is(custom, caplog: pytest.LogCaptureFixture):
+    text = """
+        class Net(Base):
+            def forward(self, x):
+                weight = self.conv.weight / self.conv.weight.view(6, -1).std(dim=1).view(-1, 1, 1, 1)
+                return self.fc(F.conv2d(x, weight, self.conv.bias, stride=2).mean((2, 3)))
+    """
+    spec = custom(text)
+    logits, _ = load_engine("eager", spec, resolve(spec), "cpu", 3)(PIXELS)
+    np.testing.assert_allclose(logits, computed(spec)[0], rtol=1e-5)
+    assert "net:Net is computed as it is" in caplog.text
+
+
+def test_of_several_sizes_that_counts_which_gives_a_row_for_each_image(custom):
+    text = """
+        class Net(Base):
+            def forward(self, x):
+                return self.fc(F.avg_pool2d(self.conv(x), 15).reshape(-1, 6))
+    """
+    spec = custom(text, transform={"resize": None, "crop": None})
+    assert build(spec).head.input_size == 32
+    with pytest.raises(ValueError, match="rows of logits and .* of 3 images"):
+        computed(spec)
 
 
 def test_a_network_that_asserts_its_size_is_converted_for_that(custom):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import signal
 import sys
 import time
@@ -18,7 +19,7 @@ from torchvision.models import resnet18
 
 from pipeline.config import Transform
 from pipeline.errors import ConfigError
-from pipeline.model.engines import Engine, choose_engine, load_engine
+from pipeline.model.engines import Engine, choose_engine, find_engine, load_engine
 from pipeline.model.predictor import PredictorSettings, ResNetPredictor
 from pipeline.model.spec import ModelInfo, make_spec
 from pipeline.model.torch_engine import TorchEngine, compile_options
@@ -268,17 +269,22 @@ class Net(nn.Module):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("pooled = pooled * 2 if x.sum() > 0 else pooled", "openvino does not compute what torch does with .* net:Net"),
-        ("pooled = torch.special.bessel_j0(pooled)", "openvino can't convert the network net:Net: .*bessel_j0"),
+        ("pooled = pooled * 2 if x.sum() > 0 else pooled", "OpenVINO does not compute what torch does with .* net:Net"),
+        ("pooled = torch.special.bessel_j0(pooled)", "OpenVINO can't convert the network net:Net: .*bessel_j0"),
     ],
 )
-def test_networks_that_do_not_survive_conversion_are_refused(tmp_path: Path, line: str, message: str):
+def test_networks_that_do_not_survive_conversion_are_computed_by_torch(
+    tmp_path: Path, line: str, message: str, caplog: pytest.LogCaptureFixture
+):
     (tmp_path / "net.py").write_text(CUSTOM.format(line))
     transform = {"resize": None, "crop": 32}
     spec = make_spec(make_job(name="net:Net", weights="random", transform=transform, directory=tmp_path))
     info = resolve(spec)
     with pytest.raises(ConfigError, match=message):
         load_engine("openvino", spec, info, "cpu", 4)
+    assert find_engine("openvino", "cpu", spec) == "openvino"
+    assert find_engine("auto", "cpu", spec) == "eager"
+    assert re.search(f"auto is eager here. {message}", caplog.text)
     assert load_engine("eager", spec, info, "cpu", 4)(photographs()[:4, :32, :32])[0].shape == (4, 5)
 
 

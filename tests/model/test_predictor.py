@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -183,6 +184,44 @@ def test_a_device_that_holds_not_one_image_ends_the_run_with_a_sentence(monkeypa
 
     with pytest.raises(FatalError, match="not enough memory for a single image of 8 x 8 pixels"):
         load(monkeypatch, engine)(block_of([1]))
+
+
+@pytest.mark.parametrize(
+    ("failure", "error"),
+    [(OutOfMemory("CUDA out of memory"), "too_large"), (RuntimeError("kernel size 4"), "unsupported_size")],
+)
+def test_an_image_of_a_size_that_the_network_does_not_take_is_an_error_row(
+    failure: Exception, error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def engine(pixels: np.ndarray) -> Any:
+        if pixels.shape[1] == 12:
+            raise failure
+        return colour_engine(pixels)
+
+    block = pa.concat_tables(
+        made.set_column(2, "index", pc.add(made["index"], first))
+        for first, made in ((0, block_of([1, 2, 3])), (10, block_of([4, 5], side=12)), (20, block_of([6])))
+    )
+    rows = {row["index"]: row for row in load(monkeypatch, engine)(block).to_pylist() if row["kind"] != Kind.END}
+    assert {index for index, row in rows.items() if row["error"] == error} == {10, 11}
+    assert {index for index, row in rows.items() if row["class_id"] is not None} == {0, 1, 2, 20}
+
+
+@pytest.mark.parametrize("message", ["the network is broken", "CUDA error: device-side assert triggered"])
+def test_a_network_or_a_device_that_fails_is_not_blamed_on_images(
+    message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+
+    def engine(pixels: np.ndarray) -> Any:
+        if "CUDA" in message and not computed:
+            computed.append(1)
+            return colour_engine(pixels)
+        raise RuntimeError(message)
+
+    predictor = load(monkeypatch, engine)
+    with pytest.raises(RuntimeError, match=message):
+        predictor(block_of([1] * (BATCH + 1)))
 
 
 def test_torchs_own_error_is_recognised() -> None:

@@ -151,7 +151,7 @@ def test_after_a_failure_no_other_batch_of_the_block_is_begun(streams: int, monk
         begun.append(threading.current_thread())
         all_at_work.wait(5)
         if len(set(begun)) == streams and threading.current_thread() is begun[-1]:
-            raise RuntimeError("broken")
+            raise RuntimeError("CUDA error: broken")
         time.sleep(0.2)  # the others are still at work then
         ended.append(threading.current_thread())
         return colour_engine(pixels)

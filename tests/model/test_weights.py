@@ -6,6 +6,7 @@ import argparse
 import collections
 import contextlib
 import functools
+import gzip
 import hashlib
 import http.server
 import io
@@ -135,6 +136,35 @@ def test_old_checkpoints_without_batch_counters_fit():
     other = resnet18(num_classes=7)
     fill(other, state, "net.pth")
     assert torch.equal(other.fc.weight, network().fc.weight)
+
+
+def test_what_a_network_keeps_besides_tensors_is_its_own_affair():
+    class Keeping(torch.nn.Linear):
+        def get_extra_state(self):
+            return {"version": 3}
+
+        def set_extra_state(self, state):
+            self.version = state["version"]
+
+    state = {key: value + 1 for key, value in Keeping(2, 2).state_dict().items() if isinstance(value, torch.Tensor)}
+    other = Keeping(2, 2)
+    fill(other, state, "net.pth")
+    assert torch.equal(other.weight, state["weight"])
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        torch.ones(2, 2, dtype=torch.int8),
+        torch.ones(2, 2, dtype=torch.complex64),
+        torch.ones(2, 2).to_sparse(),
+        torch.ones(2, 2, device="meta"),
+    ],
+    ids=["int8", "complex", "sparse", "meta"],
+)
+def test_numbers_that_would_be_taken_for_others_are_refused(stored: torch.Tensor):
+    with pytest.raises(WeightsError, match=r"not stored as plain numbers; 1 that are something else: weight "):
+        fill(torch.nn.Linear(2, 2), {"weight": stored, "bias": torch.ones(2)}, "net.pth")
 
 
 def test_what_does_not_fit_says_what_differs():
@@ -272,7 +302,9 @@ def test_a_checkpoint_that_unfolds_is_refused_before_it_does(monkeypatch: pytest
     data = compressed(saved({"weight": torch.zeros(2**20)}))
     assert torch.load(io.BytesIO(data), weights_only=True)["weight"].shape == (2**20,), "torch would unfold it"
     monkeypatch.setattr(torch, "load", None)
-    with pytest.raises(WeightsError, match=r"unfolds from \d+ bytes to 4\d{6}, which no file of torch's own does"):
+    with pytest.raises(
+        WeightsError, match=r"unfolds from \d+ bytes to 4\d{6}, which nothing does that torch.save writes"
+    ):
         parse(data, "net.pth")
     with pytest.raises(WeightsError, match="no checkpoint that torch can read: File is not a zip file"):
         parse(b"PK" + data[2:1000], "net.pth")
@@ -286,8 +318,12 @@ def test_a_whole_pickled_network_is_refused_with_the_way_out():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "net.pth is no checkpoint that torch can read"),
-        (b"<html>Not found</html>", "net.pth is no checkpoint that torch can read"),
+        (b"", "net.pth is no checkpoint: it is empty"),
+        (b"\n<html>Not found</html>", "net.pth is no checkpoint: it is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "it only names a file that Git LFS keeps"),
+        (gzip.compress(b"a"), "it is compressed by gzip"),
+        (b"0" * 257 + b"ustar", "it is a tar"),
+        (b"nonsense", "no checkpoint that torch can read: Unsupported operand 110.$"),
         (saved({"a": torch.ones(1000)})[:700], "net.pth is no checkpoint that torch can read"),
         (saved({"epoch": 3, "optimizer": {}}), "holds no state_dict, but the entries epoch, optimizer"),
         (saved([1, 2]), "holds no state_dict, but a list"),
