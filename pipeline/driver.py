@@ -19,11 +19,12 @@ import pyarrow as pa
 import ray
 from ray.exceptions import (
     GetTimeoutError,
-    ObjectLostError,
     ObjectStoreFullError,
     OutOfDiskError,
     RayActorError,
     RayError,
+    StreamingGeneratorReplayInconsistentError,
+    WorkerCrashedError,
 )
 
 from pipeline.budget import ErrorBudget
@@ -48,6 +49,20 @@ STOP_GRACE_S = 20.0
 PUMP_GRACE_S = 5.0
 ASK_S = 10.0
 FETCH_S = 120.0
+
+MEMORY = "Often that is for want of memory: lower runtime.batch_size, or give Ray fewer CPUs"
+FULL = (
+    "Ray's object store is full on a node, and so is the disk that it spills to (RAY_TMPDIR, else /tmp). Free space"
+    " there; what is committed stays."
+)
+MEANINGS: dict[type[BaseException], str] = {
+    OutOfDiskError: FULL,
+    ObjectStoreFullError: FULL,
+    WorkerCrashedError: f"a worker died. {MEMORY}",
+    RayActorError: f"a worker died. {MEMORY}",
+    StreamingGeneratorReplayInconsistentError: "a node died, and a shard that it had read was another one, or could not"
+    " be reached, when it was read again",
+}
 
 Execute = Callable[[], tuple[Iterator[Any], Callable[[], None]]]  # see flow.execute
 
@@ -241,11 +256,11 @@ class Run:
     def _on_receipts(self, refs: list[Any], answer: Any) -> None:
         try:
             receipts: list[Receipt] = ray.get(answer)
-        except (RayActorError, ObjectLostError) as cause:  # a committer that died again and again, or a piece with it
+        except RayError as cause:  # a committer that died again and again, or a piece that is lost
             if self._stopping.is_set():
-                log.warning("finished rows are not committed: %s", clean(cause))
+                log.warning("finished rows are not committed: %s", clean(readable(cause)))
                 return
-            raise Stopped(f"finished rows cannot be read: {clean(cause)}. Run again.") from cause
+            raise Stopped(f"finished rows cannot be read: {clean(readable(cause))}") from cause
         for receipt in receipts:
             if self._progress.is_news(receipt):
                 self._first_rows_at = self._first_rows_at or time.monotonic()
@@ -290,16 +305,25 @@ class Run:
 
 
 def readable(error: BaseException) -> BaseException:
-    """Our own error inside what Ray wraps around it, if there is one, or that says what Ray's means."""
-    if isinstance(error, OutOfDiskError | ObjectStoreFullError):
-        return Stopped(
-            "Ray's object store is full on a node, and so is the disk that it spills to (RAY_TMPDIR, else /tmp). Free"
-            " space there; what is committed stays."
-        )
+    """Our own error inside what Ray wraps around it, or one that says what Ray's means. Others than Ray's stay."""
+    causes = list(_causes(error))
+    for cause in causes:
+        if isinstance(cause, PipelineError) and not isinstance(cause, RayError):
+            return cause
+    if not isinstance(error, RayError):
+        return error
+    last = causes[-1]
+    if isinstance(last, RayActorError) and "creation task" in str(last):  # Ray keeps no more of it than its traceback
+        return Stopped(f"a worker failed while it was started with {clean(str(last).strip().splitlines()[-1])}")
+    for kind, text in MEANINGS.items():
+        if isinstance(last, kind):
+            return Stopped(text)
+    return Stopped(f"a worker failed with {type(last).__name__}: {clean(last)}. --debug shows where")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, and what it came of. What comes of a task is a RayTaskError that is also of its cause's class."""
     cause: BaseException | None = error
     while cause is not None:
-        inner = getattr(cause, "cause", None)  # what a RayTaskError, itself of the cause's class, was made of
-        if isinstance(cause, PipelineError) and inner is None:
-            return cause
-        cause = inner or cause.__cause__
-    return error
+        yield cause
+        cause = getattr(cause, "cause", None) or cause.__cause__

@@ -15,13 +15,12 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from pipeline.cluster import Cluster
-from pipeline.config import JobConfig
 from pipeline.deaths import Guard, Notes
 from pipeline.inputs.stream import pixel_blocks, read_rows, rows_of, sample_blocks
 from pipeline.model.predictor import ResNetPredictor
 from pipeline.model.results import CALLS
 from pipeline.planning import Task
-from pipeline.preparation import PREDICT_CPUS, Job, decode_cpus
+from pipeline.preparation import PREDICT_CPUS, Job, Reading, decode_cpus
 from pipeline.rows import Row
 from pipeline.storage import Store
 
@@ -36,17 +35,17 @@ def pieces(tasks: Sequence[Task], job: Job, cluster: Cluster, notes: Notes) -> D
     cores; else it happens where the shard is read and no bytes travel."""
     with DataContext.current(_context(job)):
         if len(tasks) < cluster.num_cpus:
-            shards = _Shards(partial(_samples, job=job, notes=notes), tasks, cluster.num_cpus)
+            shards = _Shards(partial(_samples, reading=job.reading, notes=notes), tasks, cluster.num_cpus)
             samples = _read(shards, READ_CPUS)
             pixels = samples.map_batches(
                 _decode_block,  # type: ignore[arg-type]  # it takes more besides
-                fn_args=(job, notes),
+                fn_args=(job.reading, notes),
                 batch_size=None,
                 batch_format="pyarrow",
                 num_cpus=decode_cpus(cluster, job.shares_cores),
             )
         else:
-            shards = _Shards(partial(_pixels, job=job, notes=notes), tasks, cluster.num_cpus)
+            shards = _Shards(partial(_pixels, reading=job.reading, notes=notes), tasks, cluster.num_cpus)
             pixels = _read(shards, decode_cpus(cluster, job.shares_cores))
         # Not map_batches: with a GPU that insists on a batch size, and would hold blocks back until it is reached.
         return pixels.map_batches_internal(
@@ -102,30 +101,30 @@ def _read(shards: _Shards, num_cpus: float) -> Dataset:
     )
 
 
-def _samples(chunk: Chunk, job: Job, notes: Notes) -> Iterator[pa.Table]:
+def _samples(chunk: Chunk, reading: Reading, notes: Notes) -> Iterator[pa.Table]:
     guard = Guard(notes, f"read from {chunk[0][0]}")
-    return guard.watch(sample_blocks(_rows(chunk, job.config, guard), job.rows_per_block))
+    return guard.watch(sample_blocks(_rows(chunk, reading, guard), reading.rows_per_block))
 
 
-def _pixels(chunk: Chunk, job: Job, notes: Notes) -> Iterator[pa.Table]:
+def _pixels(chunk: Chunk, reading: Reading, notes: Notes) -> Iterator[pa.Table]:
     guard = Guard(notes, f"decode from {chunk[0][0]}")
-    return _decoded(_rows(chunk, job.config, guard), job, guard)
+    return _decoded(_rows(chunk, reading, guard), reading, guard)
 
 
-def _rows(chunk: Chunk, config: JobConfig, guard: Guard) -> Iterator[Row]:
-    store = Store(config.input_storage)
+def _rows(chunk: Chunk, reading: Reading, guard: Guard) -> Iterator[Row]:
+    store = Store(reading.storage)
     for number, task in chunk:
-        yield from read_rows(number, task.shard, config.input, store, guard)
+        yield from read_rows(number, task.shard, reading.input, store, guard)
 
 
-def _decode_block(block: pa.Table, job: Job, notes: Notes) -> Iterator[pa.Table]:
+def _decode_block(block: pa.Table, reading: Reading, notes: Notes) -> Iterator[pa.Table]:
     first = [block[name][0].as_py() for name in ("shard", "kind", "index")] if block.num_rows else []
     guard = Guard(notes, f"decode block from {first}")
-    yield from _decoded(rows_of(block), job, guard)
+    yield from _decoded(rows_of(block), reading, guard)
 
 
-def _decoded(rows: Iterator[Row], job: Job, guard: Guard) -> Iterator[pa.Table]:
-    return guard.watch(pixel_blocks(rows, job.info.transform, job.config.input, job.rows_per_block, guard))
+def _decoded(rows: Iterator[Row], reading: Reading, guard: Guard) -> Iterator[pa.Table]:
+    return guard.watch(pixel_blocks(rows, reading.transform, reading.input, reading.rows_per_block, guard))
 
 
 def _chunks(tasks: Sequence[Task], cores: int) -> list[Chunk]:

@@ -11,7 +11,7 @@ import ray
 
 from pipeline.calibration import calibrate, spread
 from pipeline.cluster import Cluster
-from pipeline.config import JobConfig
+from pipeline.config import Input, JobConfig, Storage, Transform
 from pipeline.deaths import Notes
 from pipeline.driver import readable
 from pipeline.errors import ConfigError
@@ -47,6 +47,16 @@ def decode_cpus(cluster: Cluster, shares_cores: bool) -> float:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What reading and decoding is told. A copy travels with each of its tasks, of which there may be many."""
+
+    input: Input
+    storage: Storage
+    transform: Transform
+    rows_per_block: int
+
+
+@dataclass(frozen=True)
 class Job:
     """All that the workers of a run share."""
 
@@ -68,6 +78,10 @@ class Job:
     def shares_cores(self) -> bool:
         """Whether the network is computed on the cores that decode."""
         return self.settings.device == "cpu" and not self.spec.is_noop
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(self.config.input, self.config.input_storage, self.info.transform, self.rows_per_block)
 
     @property
     def decoder(self) -> DeviceDecoder | None:

@@ -21,6 +21,7 @@ LOOK_EVERY_S = 5.0
 STALL_S = 60.0
 MEMORY_KILLS = 5  # within a stall; Ray waits twice as long after each
 OTHER_DEATHS = 100  # more than it takes to find several samples that kill
+FIRST_DEATHS = 25  # of workers that never got anything done
 REPORTED_WITHIN_S = 1.0  # how long Ray may take to note a death
 OWN_FAULT = (WorkerExitType.SYSTEM_ERROR, WorkerExitType.USER_ERROR)
 
@@ -102,8 +103,10 @@ class Casualties:
 
     def __init__(self) -> None:
         self.on_progress()
+        self._too_many = FIRST_DEATHS
 
     def on_progress(self) -> None:
+        self._too_many = OTHER_DEATHS
         self._before: Counter[str] | None = None
         self._looked_at = self._progressed_at = time.monotonic()
 
@@ -123,8 +126,11 @@ class Casualties:
                 " little memory for this job. Lower runtime.batch_size or input.max_pixels, give Ray fewer CPUs, or"
                 " end what else uses memory."
             )
-        if since["other"] >= OTHER_DEATHS:
-            raise Stopped(f"{since['other']} workers died, and nothing got done meanwhile. Ray's logs may say why.")
+        if since["other"] >= self._too_many:
+            raise Stopped(
+                f"{since['other']} workers died, and nothing got done meanwhile. Often that is for want of memory, as"
+                " while a network is loaded. Ray's logs may say why."
+            )
 
 
 def wait_for(answer: Any) -> Any:

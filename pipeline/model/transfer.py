@@ -108,8 +108,8 @@ class Slot:
 
     def allocate(self, shape: Sequence[int]) -> None:
         if self._pixels.shape != tuple(shape):
-            self._pixels_on_host = self._device.on_host(shape, torch.uint8)
-            self._pixels = self._device.on_device(shape, torch.uint8)
+            pixels = self._device.on_device(shape, torch.uint8)  # it may raise, and both are of one shape
+            self._pixels_on_host, self._pixels = self._device.on_host(shape, torch.uint8), pixels
 
     def fill(self, pixels: Pixels) -> None:
         self._pixels_on_host.numpy()[:] = pixels

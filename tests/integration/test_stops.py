@@ -21,7 +21,7 @@ import pipeline
 from pipeline.cluster import Cluster
 from pipeline.config import make_config
 from pipeline.driver import Run, readable
-from pipeline.errors import ExitCode, Stopped
+from pipeline.errors import ConfigError, ExitCode, Stopped
 from pipeline.inputs.shards import Shard, shard_id
 from pipeline.outputs.commit import CommitContext
 from pipeline.outputs.dataset import Dataset
@@ -107,16 +107,54 @@ def test_a_node_without_memory_ends_the_run_with_a_sentence(tmp_path: Path, monk
     assert "memory monitor killed" in (tmp_path / "driver.log").read_text()
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_full_disk_under_rays_object_store_is_a_sentence() -> None:
-    @ray.remote(max_retries=0)
-    def spill() -> None:
-        raise ray.exceptions.OutOfDiskError("Local disk is full")
+@ray.remote(max_retries=0)
+def raises(error: Exception) -> None:
+    raise error
 
+
+@ray.remote(max_retries=0)
+def dies() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@ray.remote
+class Unmade:
+    def __init__(self) -> None:
+        raise RuntimeError("odd")
+
+    def ready(self) -> None: ...
+
+
+def unmade() -> Any:
+    return Unmade.remote().ready.remote()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    ("begin", "kind", "says"),
+    [
+        (lambda: raises.remote(ray.exceptions.OutOfDiskError("Local disk is full")), Stopped, "Free space there"),
+        (
+            lambda: raises.remote(ray.exceptions.StreamingGeneratorReplayInconsistentError("2 objects, not 4")),
+            Stopped,
+            "a shard that it had read was another one",
+        ),
+        (lambda: raises.remote(RuntimeError("CUDA error")), Stopped, "a worker failed with RuntimeError: CUDA error"),
+        (lambda: raises.remote(ConfigError("no such engine")), ConfigError, "no such engine"),
+        (dies.remote, Stopped, "a worker died. Often that is for want of memory"),
+        (
+            unmade,
+            Stopped,
+            "a worker failed while it was started with RuntimeError: odd",
+        ),
+    ],
+)
+def test_what_ray_says_of_failures_becomes_a_sentence(begin: Callable[[], Any], kind: type, says: str) -> None:
     with pytest.raises(ray.exceptions.RayError) as raised:
-        ray.get(spill.remote())
-    assert isinstance(readable(raised.value), Stopped)
-    assert "Free space" in str(readable(raised.value))
+        ray.get(begin())
+    found = readable(raised.value)
+    assert type(found) is kind
+    assert says in str(found)
 
 
 def test_a_cluster_that_is_not_there_is_a_sentence_at_once(tmp_path: Path) -> None:
@@ -163,7 +201,7 @@ def test_a_committer_that_dies_of_a_block_again_and_again_stops_the_run(tmp_path
     run = idle_run(tmp_path, Counter(RunReport("1", ""), 0, 0))
     run._committers = [Mortal.remote()]
     bundle = SimpleNamespace(blocks=[SimpleNamespace(ref=block)])
-    with pytest.raises(Stopped, match=r"finished rows cannot be read: .* Run again"):
+    with pytest.raises(Stopped, match=r"finished rows cannot be read: a worker died"):
         run.loop(lambda: (iter([bundle]), lambda: None))
 
 
