@@ -207,8 +207,16 @@ class Dataset:
                 data = json.dumps(identity, indent=1, ensure_ascii=False).encode()
                 return self.store.put_if_absent(self.path(IDENTITY), data)
             case Disown():
-                self.store.delete(self.path(CARD))
+                if self._has_our_card():
+                    self.store.delete(self.path(CARD))
                 return self.store.delete(self.path(IDENTITY))
+
+    def _has_our_card(self) -> bool:
+        """A README that somebody else wrote, or has gone on with, is theirs and stays."""
+        identity = self.identity()
+        with suppress(NotFound):
+            return identity is not None and self.store.read(self.path(CARD)) == dataset_card(identity).encode()
+        return False
 
     def part_url(self, folder: str, shard_id: str) -> str:
         """Of a shard's part (in `data`) or errors part (in `errors`)."""

@@ -90,6 +90,16 @@ def test_a_dataset_without_part_and_mark_may_be_claimed_anew(dataset: Dataset):
         commit(dataset, [piece(BOTH, 0, [0])], 1)  # of the first model, whose run still goes on
 
 
+@pytest.mark.parametrize("words", [b"notes", dataset_card(IDENTITY).encode() + b"and what I found", b"caf\xe9"])
+def test_a_readme_of_somebody_else_stays_when_the_dataset_is_claimed_anew(dataset: Dataset, words: bytes):
+    readme = Path(dataset.url, "README.md")
+    dataset.claim_identity(IDENTITY)
+    readme.write_bytes(words)
+    dataset.claim_identity(OTHER)
+    assert dataset.identity() == OTHER
+    assert readme.read_bytes() == words
+
+
 @pytest.mark.parametrize("stands", ["data", "_ledger"])
 def test_a_part_or_a_mark_is_enough_to_keep_another_model_out(dataset: Dataset, stands: str):
     dataset.claim_identity(IDENTITY)
