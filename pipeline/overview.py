@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pipeline.config import JobConfig, make_config
@@ -87,7 +88,9 @@ def last_config(dataset: Dataset, who: str) -> JobConfig:
             " Give --config."
         )
     try:
-        return make_config(json.loads(dataset.store.read(reports[0]))["config"])
+        report = json.loads(dataset.store.read(reports[0]))
+        folder = report.get("network_folder")
+        return make_config(report["config"], directory=Path(folder) if folder else None)
     except (ConfigError, ValueError, KeyError, TypeError) as cause:
         raise ConfigError(
             f"{who} takes the config of the last run, {reports[0]}: {clean(cause)}. Give --config."

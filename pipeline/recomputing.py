@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from pipeline.calibration import with_network
 from pipeline.config import JobConfig, Runtime
-from pipeline.errors import NotFound, SourceChanged
+from pipeline.errors import ConfigError, NotFound, SourceChanged
 from pipeline.inputs.shards import Shard
 from pipeline.local import predict_rows
 from pipeline.model.spec import ModelSpec, make_spec
@@ -37,11 +37,11 @@ def recompute(dataset: Dataset, footers: Mapping[str, Footer], sample: int, conf
     """Recompute random rows of these committed shards and compare class and embedding.
 
     Without a config, that of the last run is taken, on whatever device there is here. Shards that changed or went
-    since they were committed cannot be recomputed, and are left out. Raises ModelMismatch if the config is of
-    another model than the dataset's, ConfigError where there is none.
+    since they were committed cannot be recomputed, and are left out; that none is left is a problem. Raises
+    ModelMismatch if the config is of another model than the dataset's, ConfigError where there is none.
     """
-    config = config or _last_config(dataset)
-    spec = with_network(make_spec(config), dataset)
+    config, spec = (config, make_spec(config)) if config is not None else _last_config(dataset)
+    spec = with_network(spec, dataset)
     dataset.check_identity({"model_fingerprint": spec.fingerprint, "model": spec.identity})
     shards = listed_shards(config)
     fingerprints = {name: shard.fingerprint for name, shard in shards.items()}
@@ -55,14 +55,23 @@ def recompute(dataset: Dataset, footers: Mapping[str, Footer], sample: int, conf
     rows, mean = _pick(dataset, [name for name in there if footers[name].predicted], sample)
     if rows:
         _compare(rows, mean, {shards[name].url: shards[name] for name in there}, config, spec, result)
+    elif any(footer.predicted for footer in footers.values()):
+        result.problems.append(
+            "--sample: not one row could be recomputed. Give --config with the input that they were made of, or leave"
+            " --sample out."
+        )
     return result
 
 
-def _last_config(dataset: Dataset) -> JobConfig:
+def _last_config(dataset: Dataset) -> tuple[JobConfig, ModelSpec]:
     config = last_config(dataset, "--sample")
     is_noop = config.runtime.engine == "noop"
     device: Literal["cpu", "auto"] = "cpu" if config.model.precision == "int8" else "auto"
-    return config.model_copy(update={"runtime": Runtime(engine="noop" if is_noop else "auto", device=device)})
+    config = config.model_copy(update={"runtime": Runtime(engine="noop" if is_noop else "auto", device=device)})
+    try:
+        return config, make_spec(config)
+    except ConfigError as cause:
+        raise ConfigError(f"--sample takes the config of the last run. {cause} Give --config.") from cause
 
 
 def _pick(dataset: Dataset, names: list[str], sample: int) -> tuple[list[dict[str, Any]], np.ndarray | None]:

@@ -19,11 +19,13 @@ from pipeline.cluster import Cluster, connected
 from pipeline.config import JobConfig
 from pipeline.errors import ExitCode, NotFound, PipelineError, TransientError, clean
 from pipeline.estimation import PREDICTION, is_about, score
+from pipeline.model.classes import find_file
 from pipeline.model.spec import ModelSpec
 from pipeline.outputs.commit import CommitContext
 from pipeline.outputs.dataset import Dataset, make_identity
 from pipeline.planning import Plan, make_plan, model_and_dataset
 from pipeline.report import RunReport, public_config, watching
+from pipeline.storage import with_absolute_urls
 from pipeline.verdict import judge
 
 log = logging.getLogger(__name__)
@@ -53,7 +55,7 @@ def run(config: JobConfig, retry_errors: Iterable[str] | str = ()) -> RunReport:
     spec, dataset = model_and_dataset(config)
     plan = make_plan(config, retry_errors)
     dataset.store.sweep(dataset.url)
-    report = _new_report(config, spec, plan)
+    report = new_report(config, spec, plan)
     if plan.tasks:
         with connected(config) as cluster, _terminable():
             _execute(plan, config, spec, dataset, cluster, report)
@@ -88,7 +90,8 @@ def _leave(report: RunReport, dataset: Dataset) -> None:
         log.warning("this run leaves no report.json: %s", cause)
 
 
-def _new_report(config: JobConfig, spec: ModelSpec, plan: Plan) -> RunReport:
+def new_report(config: JobConfig, spec: ModelSpec, plan: Plan) -> RunReport:
+    """With a config that means the same in another folder: `verify` and others take it from there."""
     now = datetime.now(UTC)
     return RunReport(
         run_id=f"{now:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}",
@@ -98,8 +101,18 @@ def _new_report(config: JobConfig, spec: ModelSpec, plan: Plan) -> RunReport:
         shards_done_before=len(plan.done),
         shards_gone=len(plan.gone),
         started_at=now.isoformat(timespec="seconds"),
-        config=public_config(config),
+        config=public_config(_with_absolute_files(with_absolute_urls(config), spec)),
+        network_folder=spec.source.found_in if spec.source is not None and spec.source.files else "",
     )
+
+
+def _with_absolute_files(config: JobConfig, spec: ModelSpec) -> JobConfig:
+    """The job with the weights and class names that its spec was made of."""
+    update = {"weights": spec.weights.reference} if spec.weights.kind == "file" else {}
+    names = config.model.classes
+    if isinstance(names, str) and "://" not in names:
+        update["classes"] = str(find_file(names, config.directory, "model.classes"))
+    return config.model_copy(update={"model": config.model.model_copy(update=update)})
 
 
 def _execute(

@@ -35,7 +35,7 @@ from pipeline.backends import (
     local_path,
     sweep,
 )
-from pipeline.config import Storage
+from pipeline.config import JobConfig, Storage
 from pipeline.errors import (
     ConfigError,
     NotFound,
@@ -50,7 +50,7 @@ from pipeline.errors import (
 )
 from pipeline.remote import S3, Fsspec, Web, damaged
 
-__all__ = ["FileInfo", "Store", "canonical", "is_local", "join", "local_path", "split_pattern"]
+__all__ = ["FileInfo", "Store", "canonical", "is_local", "join", "local_path", "split_pattern", "with_absolute_urls"]
 
 AT_ONCE = 16  # lookups under way
 SHARE_WHEN_DOWN = 0.1  # of the deadline, for a store that has let a whole one pass and has not answered since
@@ -69,6 +69,23 @@ def split_pattern(url: str) -> tuple[str, bool]:
     # In a web address `?` begins the query and `[` stands around an IPv6 host.
     found = re.search(r"[*]" if url.startswith(("http://", "https://")) else r"[*?\[]", url)
     return (url[: found.start()].rpartition("/")[0], True) if found else (url, False)
+
+
+def with_absolute_urls(config: JobConfig) -> JobConfig:
+    """The same job for a process that works in another folder."""
+
+    def absolute(url: str) -> str:
+        return str(local_path(url)) if is_local(url) else url
+
+    url = config.input.url
+    return config.model_copy(
+        update={
+            "input": config.input.model_copy(
+                update={"url": absolute(url) if isinstance(url, str) else [absolute(one) for one in url]}
+            ),
+            "output": config.output.model_copy(update={"url": absolute(config.output.url)}),
+        }
+    )
 
 
 class Store:

@@ -21,7 +21,7 @@ from pipeline.config_errors import has_secret
 from pipeline.errors import ConfigError, ExitCode, FatalError, clean, redact
 from pipeline.model.classes import class_names
 from pipeline.model.source import locate
-from pipeline.storage import is_local, local_path
+from pipeline.storage import with_absolute_urls
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -56,9 +56,7 @@ def pack(config: JobConfig, folder: Path) -> None:
             f"model.weights: {redact(config.model.weights)} comes with a password or a signature, which the cluster"
             " would keep in its files. Let the cluster's own identity read the weights (s3://), or leave them there."
         )
-    data = config.model_dump(mode="json", exclude_unset=True)
-    data["input"]["url"] = [_absolute(url) for url in config.input.urls]
-    data["output"]["url"] = _absolute(config.output.url)
+    data = with_absolute_urls(config).model_dump(mode="json", exclude_unset=True)
     names = class_names(config.model.classes, config.directory, config.storage)
     if names is not None:
         data["model"]["classes"] = list(names)
@@ -174,7 +172,3 @@ def _without(*names: str) -> Iterator[None]:
 
 def _is_known(client: JobSubmissionClient, job: str) -> bool:
     return any(info.submission_id == job for info in client.list_jobs())
-
-
-def _absolute(url: str) -> str:
-    return str(local_path(url)) if is_local(url) else url

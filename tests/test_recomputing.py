@@ -19,7 +19,7 @@ from pipeline.outputs.dataset import Dataset
 from pipeline.recomputing import _pick, differences, recompute
 from pipeline.storage import Store
 from tests.support.datasets import commit_all, names, part, rewrite, set_column, vouch
-from tests.support.jobs import digits_config, digits_tars
+from tests.support.jobs import WEIGHTS, digits_config, digits_tars
 
 PER_SHARD = 20
 BROKEN_AT = 7
@@ -113,8 +113,9 @@ def test_what_changed_or_went_since_is_left_out_and_said(tmp_path: Path):
     shards[1].unlink()
     shards[2].unlink()
     found = pipeline.verify(str(tmp_path / "labels"), sample=100, config=config)
-    assert (found.ok, found.sampled) == (True, 0)
+    assert (found.ok, found.sampled) == (False, 0)
     assert "3 of 3 shards are no longer" in str(found)
+    assert "--sample: not one row could be recomputed. Give --config" in str(found)
 
 
 def test_a_sample_opens_a_few_parts_and_not_all(tmp_path: Path):
@@ -161,6 +162,32 @@ def test_without_a_config_the_last_run_tells_it(job: dict[str, Any], dataset: Da
     shutil.rmtree(report.parent)
     with pytest.raises(ConfigError, match=r"no report tells how they were made\. Give --config\."):
         pipeline.verify(dataset.url, sample=4)
+
+
+def test_the_last_run_tells_it_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Input, output, weights, class names and the network of a job that was started beside them."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    job, elsewhere = tmp_path / "job", tmp_path / "elsewhere"
+    digits_tars(job / "shards", 1, 6, broken=[2])
+    elsewhere.mkdir()
+    monkeypatch.chdir(job)
+    Path("mine_beside_the_job.py").write_text("from pipeline.examples.network import digits_resnet20 as net")
+    Path("names.txt").write_text("\n".join("abcdefghij"))
+    shutil.copy(WEIGHTS, "net.safetensors")
+    model = {"name": "mine_beside_the_job:net", "weights": "net.safetensors", "classes": "names.txt"}
+    commit_all(make_config(digits_config("shards", "labels", model=model), job))
+    monkeypatch.chdir(elsewhere)
+    found = pipeline.verify("../job/labels", sample=3)
+    assert (found.agreed, found.note, found.problems) == (3, "", [])
+    assert (pipeline.status("../job/labels").gone, pipeline.status("../job/labels").note) == ([], "")
+    export = pipeline.dead_letters("../job/labels", export="bad").export
+    assert export is not None
+    assert export.files == 1
+    (job / "mine_beside_the_job.py").unlink()
+    with pytest.raises(
+        ConfigError, match=r"config of the last run.*there is no module mine_beside_the_job.* Give --config\."
+    ):
+        pipeline.verify("../job/labels", sample=3)
 
 
 def test_a_config_of_another_model_cannot_verify(job: dict[str, Any], dataset: Dataset):

@@ -22,9 +22,9 @@ from pipeline.outputs.commit import CommitContext, CommitTask, commit_shard
 from pipeline.outputs.dataset import Dataset, make_identity
 from pipeline.outputs.ledger import Mark, commit_hash
 from pipeline.outputs.schema import Footer, write_parquet
-from pipeline.planning import Task
-from pipeline.report import RunReport, public_config
+from pipeline.planning import Plan, Task
 from pipeline.rows import Columns, Kind
+from pipeline.running import new_report
 from pipeline.storage import Store
 
 
@@ -42,7 +42,8 @@ def commit_all(config: Mapping[str, Any] | JobConfig, run_id: str | None = None)
         spec.identity, spec.fingerprint, list(info.classes) if info.classes is not None else None, info.num_classes
     )
     dataset.claim_identity(identity)
-    report = RunReport(run_id or f"20260101T000000Z-{uuid.uuid4().hex[:8]}", job.output.url, config=public_config(job))
+    report = new_report(job, spec, Plan([]))
+    report.run_id = run_id or f"20260101T000000Z-{uuid.uuid4().hex[:8]}"
     for number, shard in enumerate(discover(job.input, store)):
         rows = list(read_rows(number, shard, job.input, store))
         pieces: list[pa.Table] = [predictor(b) for b in pixel_blocks(rows, spec.transform, job.input, 16)]
