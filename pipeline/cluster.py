@@ -53,11 +53,35 @@ def is_ray_job() -> bool:
 
 
 @contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM stops as Ctrl-C does."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def connected(config: JobConfig) -> Iterator[Cluster]:
     """Connect, or start Ray in this process tree for `runtime.address: local`; end what was started.
 
-    A process that is connected already, such as a notebook, keeps its connection.
+    A process that is connected already, such as a notebook, keeps its connection. SIGTERM stops as Ctrl-C does
+    meanwhile: ray.init installs a handler of its own, which just exits.
     """
+    with terminable(), _connection(config) as cluster, terminable():
+        yield cluster
+
+
+@contextmanager
+def _connection(config: JobConfig) -> Iterator[Cluster]:
     import ray
 
     for name, level in CHATTER.items():

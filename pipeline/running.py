@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
-import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
 
-from pipeline.cluster import Cluster, connected
+from pipeline.cluster import Cluster, connected, terminable
 from pipeline.config import JobConfig
 from pipeline.errors import ExitCode, NotFound, PipelineError, TransientError, clean
 from pipeline.estimation import PREDICTION, is_about, score
@@ -31,24 +27,7 @@ from pipeline.verdict import judge
 log = logging.getLogger(__name__)
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM stops as Ctrl-C does. Also installed after ray.init, which has a handler of its own that just exits."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@_terminable()
+@terminable()
 def run(config: JobConfig, retry_errors: Iterable[str] | str = ()) -> RunReport:
     """Do what is new or changed; see `pipeline.api.run`."""
     started = time.monotonic()
@@ -57,7 +36,7 @@ def run(config: JobConfig, retry_errors: Iterable[str] | str = ()) -> RunReport:
     dataset.store.sweep(dataset.url)
     report = new_report(config, spec, plan)
     if plan.tasks:
-        with connected(config) as cluster, _terminable():
+        with connected(config) as cluster:
             _execute(plan, config, spec, dataset, cluster, report)
     _conclude(report, len(plan.tasks))
     report.seconds = round(time.monotonic() - started, 3)

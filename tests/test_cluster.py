@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+from types import SimpleNamespace
 
 import pytest
 
+from pipeline import cluster
 from pipeline.cluster import Cluster, _environment, connected, describe
 from pipeline.config import make_config
 from tests.support.jobs import digits_config
@@ -15,6 +19,20 @@ from tests.support.jobs import digits_config
 def test_a_single_node_is_here_where_the_driver_runs_on_it() -> None:
     with connected(make_config(digits_config("in", "out"))) as cluster:
         assert (cluster.num_nodes, cluster.is_here) == (1, True)
+
+
+def test_sigterm_stops_as_ctrl_c_does_whatever_handler_ray_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(address: str) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: pytest.fail("Ray's handler"))
+
+    fake = SimpleNamespace(is_initialized=lambda: False, nodes=list, shutdown=lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.setattr(cluster, "_init", start)
+    monkeypatch.setattr(cluster, "_this_node", lambda: None)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), connected(make_config(digits_config("in", "out"))):
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_what_another_node_may_know_otherwise_is_asked_of_a_worker() -> None:
