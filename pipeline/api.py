@@ -166,7 +166,7 @@ def preview(config: Config, limit: int) -> pa.Table:
 
 
 def submit(config: Config, address: str, wait: bool = True, submission_id: str | None = None) -> int | str:
-    """Run the config as a Ray job on the cluster at `address`, such as http://127.0.0.1:8265.
+    """Run the config as a Ray job on the cluster at `address`, such as http://127.0.0.1:8265 or head:8265.
 
     With `wait`, follows the log and returns the job's exit code; else returns the submission id at once. Works in a
     notebook cell as well.

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from omegaconf import OmegaConf
 
@@ -34,6 +35,7 @@ INTERPOLATION = re.compile(r"(\\*)\$\{")
 
 def submit_job(config: JobConfig, address: str, wait: bool, submission_id: str | None) -> int | str:
     """See `pipeline.api.submit`. A submission id that the cluster knows already is followed, not started again."""
+    address = dashboard(address)
     client = _client(address)
     with tempfile.TemporaryDirectory(prefix="resnet-batch-") as folder:
         pack(config, Path(folder))
@@ -43,6 +45,19 @@ def submit_job(config: JobConfig, address: str, wait: bool, submission_id: str |
             job = client.submit_job(entrypoint=ENTRYPOINT, submission_id=submission_id, runtime_env=environment)
     print(f"job {job} on {redact(address)}", file=sys.stderr)
     return follow(client, job) if wait else job
+
+
+def dashboard(address: str) -> str:
+    """The URL of a Ray dashboard; `host:port` is one as well. Raises ConfigError for what is none: Ray would try for
+    most of a minute, or look for a module of that name."""
+    try:
+        url = urlsplit(address if "://" in address else f"http://{address}")
+        is_one = url.scheme in ("http", "https") and url.hostname and (url.port or "://" in address)
+    except ValueError:
+        is_one = False
+    if not is_one:
+        raise ConfigError(f"address: {redact(address)!r} is not that of a Ray dashboard, such as http://head:8265.")
+    return url.geturl()
 
 
 def pack(config: JobConfig, folder: Path) -> None:
@@ -146,7 +161,7 @@ def _client(address: str) -> JobSubmissionClient:
     with _without("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # they would override the address that was asked for
         try:
             return JobSubmissionClient(address, headers=headers)
-        except (ConnectionError, RuntimeError) as cause:
+        except (OSError, RuntimeError, ValueError) as cause:
             raise FatalError(
                 f"cannot reach the Ray dashboard at {redact(address)}: {clean(cause)}. Check the address (often a"
                 " port-forward to 8265), and the token in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."

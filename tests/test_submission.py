@@ -1,0 +1,40 @@
+"""Where a job is submitted to."""
+
+from __future__ import annotations
+
+import pytest
+
+import pipeline
+from pipeline import submission
+from pipeline.errors import ConfigError, FatalError
+from tests.support.jobs import digits_config
+
+
+@pytest.mark.parametrize(
+    ("address", "url"),
+    [
+        ("http://head:8265", "http://head:8265"),
+        ("https://ray.example/team", "https://ray.example/team"),
+        ("head:8265", "http://head:8265"),
+        ("127.0.0.1:8265", "http://127.0.0.1:8265"),
+        ("[::1]:8265", "http://[::1]:8265"),
+    ],
+)
+def test_an_address_is_a_url_or_host_and_port(address: str, url: str):
+    assert submission.dashboard(address) == url
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["", "nonsense", "8265", ":8265", "http://", "http://:8265", "http://127.0.0.1:abc", "ftp://x", "ray://head:10001",
+     "[::1", "http://[::1"],
+)  # fmt: skip
+def test_what_is_no_address_is_refused_before_ray_is_asked(address: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(submission, "_client", lambda address: pytest.fail("Ray is asked"))
+    with pytest.raises(ConfigError, match="is not that of a Ray dashboard, such as http://head:8265"):
+        pipeline.submit(digits_config("s3://raw/*.tar", "s3://labels/x"), address)
+
+
+def test_a_host_that_cannot_be_is_a_sentence():
+    with pytest.raises(FatalError, match="cannot reach the Ray dashboard at http://a..b:8265"):
+        submission._client("http://a..b:8265")
