@@ -84,12 +84,21 @@ def canonical(url: str) -> str:
         raise ConfigError(f"{url!r} names no file, folder or bucket.")
     if protocol in ("file", "local"):
         # Not resolve(), which would follow links; and POSIX lets a path begin with two slashes.
-        return "file:///" + os.path.abspath(Path(path).expanduser()).lstrip("/")  # noqa: PTH100
+        return "file:///" + os.path.abspath(expanded(path)).lstrip("/")  # noqa: PTH100
     if protocol == "memory":
         raise ConfigError(
             f"{url}: memory:// lives in one process, and the workers are others. Use a folder or a bucket."
         )
     return f"{'s3' if protocol in ('s3a', 's3n') else protocol}://{path}"
+
+
+def expanded(path: str) -> str:
+    """A path whose `~` or `~name` is that home folder. Raises ConfigError where there is none, since a folder of that
+    name is hardly ever meant."""
+    found = os.path.expanduser(path)  # noqa: PTH111 - of `./~x` a Path makes `~x`
+    if found.startswith("~"):
+        raise ConfigError(f"{path}: there is no home folder {path.partition('/')[0]}. Where that is a name: ./{path}")
+    return found
 
 
 def is_local(url: str) -> bool:

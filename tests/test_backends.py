@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,8 @@ import pytest
 from pipeline import backends
 from pipeline.config import Storage
 from pipeline.errors import AccessDenied, ConfigError, FatalError, NotFound, StoreUnavailable
+from pipeline.model.cache import cache_directory
+from pipeline.model.classes import find_file
 from pipeline.storage import Store, canonical, split_pattern
 
 # Writes half of a file and says so; goes on when it is told to.
@@ -81,6 +83,22 @@ def test_canonical(url: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(os, "getcwd", lambda: "/here")
     assert canonical(url) == expected
     assert canonical(expected) == expected
+
+
+NO_HOME = r"~nobody-here/x: there is no home folder ~nobody-here\. Where that is a name: \./~nobody-here/x"
+
+
+@pytest.mark.parametrize("find", [canonical, lambda path: find_file(path, None, "model.classes")])
+def test_a_home_folder_that_is_not_there_is_a_sentence(find: Callable[[str], object]) -> None:
+    with pytest.raises(ConfigError, match=NO_HOME):
+        find("~nobody-here/x")
+    assert canonical("./~nobody-here/x") == f"file://{Path.cwd()}/~nobody-here/x"
+
+
+def test_a_cache_in_a_home_folder_that_is_not_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESNET_BATCH_CACHE", "~nobody-here/x")
+    with pytest.raises(FatalError, match=f"{NO_HOME}.*Set RESNET_BATCH_CACHE"):
+        cache_directory("weights")
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from pipeline.backends import expanded
 from pipeline.config import Storage, digest
-from pipeline.errors import AccessDenied, FatalError, PipelineError, WeightsError, clean, redact, translate
+from pipeline.errors import AccessDenied, ConfigError, FatalError, PipelineError, WeightsError, clean, redact, translate
 from pipeline.storage import Store
 
 CHUNK = 8 * 2**20  # bytes
@@ -28,13 +29,13 @@ WEIGHTS_ADVICE = "Or download them and give the file's path as model.weights."
 
 def cache_directory(kind: str) -> Path:
     """The cache's folder for one kind of thing, created if need be. FatalError where it can't be written."""
-    root = os.environ.get("RESNET_BATCH_CACHE")
-    folder = (Path(root).expanduser() if root else Path.home() / ".cache" / "resnet-batch") / kind
+    root = os.environ.get("RESNET_BATCH_CACHE") or "~/.cache/resnet-batch"
     try:
+        folder = Path(expanded(root), kind)
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, ConfigError) as error:
         raise FatalError(
-            f"cannot write to the cache directory {folder}: {clean(error)}. Set RESNET_BATCH_CACHE to a folder"
+            f"cannot write to the cache directory {root}: {clean(error)}. Set RESNET_BATCH_CACHE to a folder"
             " that this process may write to."
         ) from error
     return folder

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.backends import expanded
 from pipeline.config import Storage
 from pipeline.errors import ConfigError, redact
 from pipeline.storage import Store
@@ -42,7 +43,7 @@ def check_count(classes: tuple[str, ...] | None, num_classes: int | None) -> Non
 
 def find_file(path: str, directory: Path | None, key: str) -> Path:
     """The absolute path of a file that lies beside the config or in the current directory."""
-    given = Path(path).expanduser()
+    given = expanded(path)
     tried = [(folder / given).absolute() for folder in (directory, Path.cwd()) if folder is not None]
     for candidate in dict.fromkeys(tried):
         if candidate.is_file():
