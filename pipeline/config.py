@@ -140,6 +140,13 @@ class Model(Section):
     def is_custom(self) -> bool:
         return ":" in self.name
 
+    @field_validator("seed")
+    @classmethod
+    def _known_to_torch(cls, seed: int) -> int:
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError("must be from -2**63 to 2**64 - 1, as torch takes it")
+        return seed
+
     @field_validator("weights")
     @classmethod
     def _pinned(cls, weights: str) -> str:
