@@ -186,9 +186,9 @@ def demo(folder: str | Path = "demo-output", pretrained: bool = False) -> RunRep
 def init(path: str | Path = "config.yaml") -> Path:
     """Write a commented config to start from. Raises ConfigError where a file stands already."""
     target = Path(path)
-    template = Path(__file__).with_name("template.yaml").read_text()
+    template = Path(__file__).with_name("template.yaml").read_text(encoding="utf-8")
     try:
-        with target.open("x") as file:
+        with target.open("x", encoding="utf-8") as file:
             file.write(template)
     except FileExistsError:
         raise ConfigError(f"{target} exists already. Choose another name.") from None

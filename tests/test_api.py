@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -162,3 +163,18 @@ def test_init_writes_a_config_and_never_over_another(tmp_path: Path, monkeypatch
     assert path.read_text() == "mine"
     with pytest.raises(ConfigError, match=re.escape("cannot write nowhere/job.yaml: No such file or directory.")):
         pipeline.init("nowhere/job.yaml")
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_a_demo_needs_a_folder_to_write_into(pretrained: bool, tmp_path: Path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match=r"cannot write into .*: Not a directory\. Choose another folder\."):
+        pipeline.demo(tmp_path / "file", pretrained)
+
+
+def test_init_is_the_same_in_an_old_locale(tmp_path: Path):
+    program = f"import pipeline; pipeline.init({str(tmp_path / 'config.yaml')!r})"
+    old = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", program], env=old, check=True, timeout=60)
+    template = Path(pipeline.__file__).with_name("template.yaml")
+    assert (tmp_path / "config.yaml").read_bytes() == template.read_bytes()

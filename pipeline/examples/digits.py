@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from pipeline.errors import ConfigError
-from pipeline.examples.tars import write_tar
+from pipeline.examples.tars import filling, write_tar
 
 CHECKPOINT = Path(__file__).with_name("digits_resnet20.safetensors")  # of the ResNet-20 in network.py
 HELD_OUT = 450
@@ -68,17 +68,17 @@ def write_shards(folder: Path) -> list[Path]:
 
     Every sample is `<key>.png` with its true digit in `<key>.cls`. Writing again leaves right files untouched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     digits = load_digits_images()
     paths = []
-    for part, chosen, count in (
-        ("held-out", digits.held_out, HELD_OUT_SHARDS),
-        ("train", ~digits.held_out, TRAIN_SHARDS),
-    ):
-        for number, rows in enumerate(np.array_split(np.flatnonzero(chosen), count)):
-            path = folder / f"digits-{part}-{number:03d}.tar"
-            write_tar(path, [member for row in rows for member in _sample(digits, row)])
-            paths.append(path)
+    with filling(folder):
+        for part, chosen, count in (
+            ("held-out", digits.held_out, HELD_OUT_SHARDS),
+            ("train", ~digits.held_out, TRAIN_SHARDS),
+        ):
+            for number, rows in enumerate(np.array_split(np.flatnonzero(chosen), count)):
+                path = folder / f"digits-{part}-{number:03d}.tar"
+                write_tar(path, [member for row in rows for member in _sample(digits, row)])
+                paths.append(path)
     return paths
 
 

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from pipeline.errors import ConfigError
-from pipeline.examples.tars import write_tar
+from pipeline.examples.tars import filling, write_tar
 
 SHARDS = 2
 
@@ -52,13 +52,13 @@ def write_photo_shards(folder: Path) -> list[Path]:
 
     Writing again leaves right files untouched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     photos = load_photos()
     paths = []
-    for number in range(SHARDS):
-        path = folder / f"photos-{number:03d}.tar"
-        write_tar(path, photos[number * len(photos) // SHARDS : (number + 1) * len(photos) // SHARDS])
-        paths.append(path)
+    with filling(folder):
+        for number in range(SHARDS):
+            path = folder / f"photos-{number:03d}.tar"
+            write_tar(path, photos[number * len(photos) // SHARDS : (number + 1) * len(photos) // SHARDS])
+            paths.append(path)
     return paths
 
 

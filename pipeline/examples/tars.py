@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from pipeline.errors import ConfigError
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
@@ -20,6 +23,16 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(data)
     temporary.replace(path)
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[None]:
+    """A folder to write into, made if need be. Raises ConfigError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as cause:
+        raise ConfigError(f"cannot write into {folder}: {cause.strerror}. Choose another folder.") from cause
 
 
 def tar_bytes(members: Iterable[tuple[str, bytes]]) -> bytes:
