@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.logging import RichHandler
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 import pipeline
@@ -335,8 +335,8 @@ def _print(result: Any, as_json: bool, out: TextIO, shown: Callable[[], Renderab
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """Columns of text; brackets in a value are no markup."""
-    table = Table(*header, box=None)
+    """Columns of text. Nothing is cut off, and brackets in a value are no markup."""
+    table = Table(*(Column(name, overflow="fold") for name in header), box=None)
     for row in rows:
         table.add_row(*(Text(str(value)) for value in row))
     return table

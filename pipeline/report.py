@@ -250,7 +250,7 @@ def summary(report: RunReport) -> Table:
 def facts(rows: dict[str, str]) -> Table:
     """Names and values side by side. Nothing is cut off, and brackets in a value are no markup."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
+    table.add_column(style="bold", overflow="fold")
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(Text(name), Text(value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -14,16 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 import pipeline
+from pipeline import cli
 from pipeline.cli import app
 from pipeline.config import load_config
 from pipeline.error_rows import DeadLetters, ShardErrors
 from pipeline.errors import ExitCode
 from pipeline.examples.digits import load_digits_images
 from pipeline.inputs.shards import shard_id
+from pipeline.pruning import Gone, Pruned
 from pipeline.report import RunReport
 from scripts.cli_docs import PAGE, updated
 from tests.support.datasets import commit_all
@@ -409,6 +413,14 @@ def test_long_values_are_whole_where_stdout_is_no_terminal(folder: Path, monkeyp
     result = invoke("run", folder / "job.yaml")
     assert url in result.stdout
     assert result.exit_code == 3
+
+
+def test_what_would_be_pruned_is_whole_on_a_narrow_terminal():
+    url = f"s3://bucket/{'x' * 60}.tar"
+    console = Console(file=io.StringIO(), width=50, record=True)
+    console.print(cli._pruned_shown(Pruned("labels", [Gone(shard_id(url), url, 10, 0)])))
+    text = console.export_text()
+    assert (text.count("x"), "…" in text) == (2 * 60, False)
 
 
 def test_a_name_that_is_not_utf8_is_shown_as_it_can_be(folder: Path, tmp_path: Path):

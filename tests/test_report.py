@@ -16,7 +16,7 @@ from pipeline.errors import ExitCode
 from pipeline.inputs.shards import Shard, shard_id
 from pipeline.outputs.commit import Committed
 from pipeline.planning import Task
-from pipeline.report import Counter, LiveBar, LogLines, RunReport, summary, watching
+from pipeline.report import Counter, LiveBar, LogLines, RunReport, facts, summary, watching
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 
@@ -221,6 +221,13 @@ def test_the_summary_cuts_nothing_off_and_knows_no_markup():
     found = finished()
     found.output_url = "s3://[bold]/[/red]/" + "x" * 200
     assert found.output_url in shown(found).replace("\n", "").replace(" ", "")
+
+
+def test_a_name_is_whole_on_a_narrow_terminal():
+    """Run ids are names in what `status` shows."""
+    console = Console(file=io.StringIO(), width=30, record=True)
+    console.print(facts({"20260131T020304Z-0123abcd": "12 shards committed"}))
+    assert "20260131T020304Z-0123abcd" in re.sub(r"\s.*\n|\n", "", drawn(console))
 
 
 # --- report.json ---------------------------------------------------------------------------------------------------
