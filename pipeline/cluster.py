@@ -134,8 +134,14 @@ def _init(address: str) -> None:
         log.info("this is a Ray job: using the cluster that runs it, whatever runtime.address says")
         ray.init(logging_level=logging.WARNING)
     elif address == "local":
-        with on_loopback(), _environment(LOCAL_SERVERS):
-            ray.init("local", include_dashboard=False, logging_level=logging.WARNING)
+        try:
+            with on_loopback(), _environment(LOCAL_SERVERS):
+                ray.init("local", include_dashboard=False, logging_level=logging.WARNING)
+        except (OSError, ray.exceptions.AuthenticationError) as cause:
+            raise FatalError(
+                f"cannot start Ray: {clean(cause)}. It keeps a token in ~/.ray; where that cannot be written, set"
+                " RAY_AUTH_TOKEN_PATH to a file with a long random text in it."
+            ) from cause
     else:
         try:
             with nullcontext() if _is_reached(address) else on_loopback():

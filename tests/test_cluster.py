@@ -8,10 +8,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import AuthenticationError
 
 from pipeline import cluster
 from pipeline.cluster import Cluster, _environment, connected, describe
 from pipeline.config import make_config
+from pipeline.errors import FatalError
 from tests.support.jobs import digits_config
 
 
@@ -33,6 +35,18 @@ def test_sigterm_stops_as_ctrl_c_does_whatever_handler_ray_has(monkeypatch: pyte
     with pytest.raises(KeyboardInterrupt), connected(make_config(digits_config("in", "out"))):
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(2, "No such file", "/nohome"), AuthenticationError("No such file")]
+)
+def test_where_ray_cannot_keep_its_token_is_a_sentence(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("ray.init", fail)
+    with pytest.raises(FatalError, match=r"cannot start Ray: .*No such file.* set RAY_AUTH_TOKEN_PATH to a file"):
+        cluster._init("local")
 
 
 def test_what_another_node_may_know_otherwise_is_asked_of_a_worker() -> None:
