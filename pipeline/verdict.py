@@ -31,7 +31,8 @@ class Usage:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`shares` are those of the time (or of the cores' time, where it says so), from 0 to 1."""
+    """`shares` are those of the time (or of the cores' time, where it says so), from 0 to 1; there are none where the
+    bound is start-up."""
 
     bound: Bound
     shares: dict[str, float]
@@ -39,7 +40,7 @@ class Verdict:
 
     def __str__(self) -> str:
         figures = ", ".join(f"{name} {share:.0%}" for name, share in self.shares.items())
-        return f"{self.bound} ({figures}). {self.advice}"
+        return f"{self.bound}{f' ({figures})' if figures else ''}. {self.advice}"
 
 
 def judge(usage: Usage) -> Verdict:
@@ -55,6 +56,8 @@ def judge(usage: Usage) -> Verdict:
         "held up by writing": min(usage.write_s / seconds, 1.0),
     }
     bound = _bound(shares, usage)
+    if bound == "start-up":  # most work was done before those few seconds: of them it could be 100 % and more
+        shares = {}
     return Verdict(bound, {name: round(share, 3) for name, share in shares.items()}, _advice(bound, usage.device))
 
 

@@ -25,8 +25,6 @@ GPU = replace(CPU, device="cuda")
         (replace(GPU, spent=Spent(40, 20, 40, 40, 30, 40), write_s=50), "write"),
         (replace(CPU, spent=Spent(40, 20, 60, 50, 90, 80)), "overhead"),
         (replace(GPU, spent=Spent(40, 20, 100, 100, 50, 90)), "overhead"),
-        (replace(CPU, spent=Spent(1, 1, 1, 1, 1, 1), seconds=2), "start-up"),
-        (replace(CPU, spent=Spent(), seconds=0), "start-up"),
     ],
 )
 def test_the_bound_is_what_was_at_its_limit(usage: Usage, bound: str) -> None:
@@ -34,6 +32,13 @@ def test_the_bound_is_what_was_at_its_limit(usage: Usage, bound: str) -> None:
     assert verdict.bound == bound
     assert str(verdict).startswith(f"{bound} (actors at work ")
     assert all(0 <= share <= 1 for share in verdict.shares.values())
+
+
+@pytest.mark.parametrize("usage", [replace(CPU, spent=Spent(9, 9, 9, 9, 9, 9), seconds=1), replace(CPU, seconds=0)])
+def test_a_short_run_has_no_shares_of_its_time(usage: Usage) -> None:
+    """Where all rows come in one block, all work was done before those seconds began."""
+    assert judge(usage).shares == {}
+    assert str(judge(usage)).startswith("start-up. There was little to do")
 
 
 def test_waiting_for_a_core_is_not_waiting_for_the_store() -> None:

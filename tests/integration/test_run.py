@@ -268,7 +268,7 @@ def test_a_run_says_what_bounded_it_and_scores_what_was_predicted(first: Path, t
     assert report.exit_code == ExitCode.COMPLETE
     assert report.prediction["predicted_seconds"] == estimate.seconds
     assert report.prediction["seconds"] == pytest.approx(report.seconds, abs=0.1)
-    assert report.verdict.startswith("start-up (")
+    assert report.verdict.startswith("start-up. ")
     spent = report.usage["spent"]
     assert 0 < spent["decode_cpu_s"] <= spent["decode_s"] * 1.1
     assert pipeline.verify(str(tmp_path / "labels")).ok
