@@ -69,7 +69,8 @@ def plan(
 
     With `estimate` it does, on the machines that the run would use: some hundred images of the input are read, decoded
     and predicted, and the plan's `estimate` says what the run will take. It is left in the dataset, for the run's
-    report to score. `price_per_hour` is that of all machines together.
+    report to score; None, with a warning, where no image of the sample can be decoded. `price_per_hour` is that of all
+    machines together.
     """
     from pipeline.planning import make_plan, model_and_dataset
 

@@ -20,7 +20,7 @@ PREDICTION = ("_runs", "estimate.json")  # within the dataset
 class Measured:
     """A sample's figures. Seconds are per image unless they say otherwise."""
 
-    images: int  # that were sampled
+    images: int  # that were sampled, each counted once
     bytes_per_image: float  # of the shards' size
     read_wait_s: float  # for the store, of one reader
     read_cpu_s: float

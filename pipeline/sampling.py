@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 import time
 import uuid
@@ -20,7 +21,6 @@ from pipeline.cluster import Cluster, connected
 from pipeline.config import JobConfig
 from pipeline.deaths import Guard, NoNotes
 from pipeline.driver import MAX_COMMITS, num_committers
-from pipeline.errors import FatalError
 from pipeline.estimation import FORMAT, PREDICTION, Estimate, Measured, estimate
 from pipeline.inputs.shards import Shard
 from pipeline.inputs.stream import pixel_blocks, read_rows
@@ -34,6 +34,8 @@ from pipeline.rows import PIXELS, Kind, Row
 from pipeline.storage import Store
 from pipeline.timing import Spent
 from pipeline.witness import wait_for
+
+log = logging.getLogger(__name__)
 
 IMAGES_PER_TASK = 150
 MAX_TASKS = 16
@@ -56,17 +58,23 @@ class Decoded:
 
 def estimate_plan(
     config: JobConfig, spec: ModelSpec, dataset: Dataset, plan: Plan, price_per_hour: float | None
-) -> Estimate:
-    """What the plan's shards will take. Left in the dataset, where the run that follows finds it."""
+) -> Estimate | None:
+    """What the plan's shards will take. Left in the dataset, where the run that follows finds it. None, and a warning,
+    where there is no image to measure with."""
     measured = measure(config, spec, dataset, plan)
+    if measured is None:
+        log.warning(
+            "there is no estimate: no image of the sample can be read and decoded. Look at input.format and input.url"
+        )
+        return None
     found = estimate(measured, [task.shard.size for task in plan.tasks], price_per_hour)
     dataset.store.put(dataset.path(*PREDICTION), json.dumps(asdict(found) | {"format": FORMAT}, indent=1).encode())
     return found
 
 
-def measure(config: JobConfig, spec: ModelSpec, dataset: Dataset, plan: Plan) -> Measured:
-    """Figures of a sample of the plan's shards. Raises FatalError where no image of it can be read and decoded, and
-    what keeps the model from being built."""
+def measure(config: JobConfig, spec: ModelSpec, dataset: Dataset, plan: Plan) -> Measured | None:
+    """Figures of a sample of the plan's shards; None where no image of it can be read and decoded. Raises what keeps
+    the model from being built."""
     begun = time.monotonic()
     shards = [task.shard for task in plan.tasks]
     with connected(config) as cluster:
@@ -77,12 +85,12 @@ def measure(config: JobConfig, spec: ModelSpec, dataset: Dataset, plan: Plan) ->
         decoded = _decode(decoding, chosen, job, cluster)
         images, read = (sum(column) for column in zip(*((d.images, d.read) for d in decoded), strict=True))
         if not images:
-            raise FatalError("no image of the sample can be read and decoded: look at input.format and input.url.")
+            return None
         network_s, row_bytes, load_s = _predict([found.block for found in decoded], job)
         put_s = _put_seconds(dataset, row_bytes * _images_per_shard(shards, decoded))
         spent = sum((found.spent for found in decoded), Spent())
         return Measured(
-            images=images,
+            images=sum(found.images for found in decoded[: len(chosen)]),  # the others read the first shard again
             bytes_per_image=sum(found.num_bytes for found in decoded) / read,
             read_wait_s=spent.read_wait_s / read,
             read_cpu_s=spent.read_cpu_s / read,
