@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +21,7 @@ from typing import Literal
 from pipeline.config import Input, digest
 from pipeline.config_errors import has_secret
 from pipeline.errors import ConfigError, NotFound, SourceChanged, redact
-from pipeline.storage import FileInfo, Store, canonical, is_local, join, split_pattern
+from pipeline.storage import FileInfo, Store, canonical, is_local, join, local_path, split_pattern
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +182,7 @@ def _expand_lists(urls: Iterable[str], store: Store) -> Iterator[str]:
     """The URLs, with a text file replaced by its lines; a line that is no URL and no absolute path is meant relative
     to the text file's own folder."""
     for url in urls:
-        if not url.endswith(URL_LIST_SUFFIX) or split_pattern(url)[1]:
+        if not url.endswith(URL_LIST_SUFFIX) or _is_pattern(url):
             yield url
             continue
         folder = canonical(url).rpartition("/")[0]
@@ -214,13 +215,20 @@ def _lines(url: str, store: Store) -> list[str]:
 
 
 def _listing(url: str, store: Store) -> _Listing:
-    if split_pattern(url)[1]:
+    if _is_pattern(url):
         return _Listing(url, "pattern", _folder(split_pattern(canonical(url))[0]), store.each_match(url))
     if not url.endswith("/"):
         with suppress(NotFound):
             file = store.info(url)
             return _Listing(url, "file", file.url.rpartition("/")[0], [file])
     return _Listing(url, "folder", _folder(canonical(url)), store.each_below(url))
+
+
+def _is_pattern(url: str) -> bool:
+    """Where there is a file or a folder of that very name, such as `photos [2026]`, it is meant itself."""
+    if not split_pattern(url)[1]:
+        return False
+    return not (is_local(url) and os.path.exists(local_path(url)))  # noqa: PTH110 - false for what no path can be
 
 
 def _folder(url: str) -> str:

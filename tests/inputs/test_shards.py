@@ -104,6 +104,18 @@ def test_folder_is_read_recursively_by_suffix(mixed: Path) -> None:
     assert paths(shards) == ["deep/f.jpg"]
 
 
+@pytest.mark.parametrize("name", ["photos [2026]", "what?", "*", "[ab"])
+def test_a_local_folder_or_file_of_just_that_name_is_no_pattern(name: str, tmp_path: Path) -> None:
+    touch(tmp_path, f"{name}/a.tar", f"{name}/b.jpg", "photos 2/c.tar", "whats/c.tar")
+    for url in (tmp_path / name, f"{tmp_path}/{name}/", f"file://{tmp_path}/{name}"):
+        shards = found(url)
+        assert paths(shards) == ["b.jpg"]
+        assert names(shards) == {"a.tar", f"{name}#"}
+    (tmp_path / f"{name}.txt").write_text(f"{name}/a.tar")
+    for url in (tmp_path / name / "a.tar", tmp_path / f"{name}.txt"):
+        assert [shard.url for shard in found(url)] == [f"file://{tmp_path}/{name}/a.tar"]
+
+
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [("*.tar", {"a.tar"}), ("?.tar", {"a.tar"}), ("[ab].*", {"a.tar", "b.TAR.GZ"}), ("**/*.tgz", {"c.tgz"})],
