@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,13 +24,14 @@ from dataclasses import dataclass, field, replace
 from pipeline.calibration import with_network
 from pipeline.config import JobConfig
 from pipeline.error_classes import ERROR_CLASSES, choose_classes
+from pipeline.errors import ConfigError
 from pipeline.estimation import Estimate
 from pipeline.inputs.shards import Shard, discover, relative
 from pipeline.model.spec import ModelSpec, make_spec
 from pipeline.outputs.dataset import Dataset
 from pipeline.outputs.ledger import Standing
 from pipeline.outputs.schema import Footer
-from pipeline.storage import Store
+from pipeline.storage import Store, is_local, local_path
 
 PARTS_AT_ONCE = 16  # whose error classes are read
 
@@ -80,11 +82,22 @@ class Plan:
 
 
 def model_and_dataset(config: JobConfig) -> tuple[ModelSpec, Dataset]:
-    """The model of a job and the dataset that it writes. Raises ModelMismatch where that is another model's."""
+    """The model of a job and the dataset that it writes. Raises ModelMismatch where that is another model's,
+    ConfigError where a file is in its place."""
+    _refuse_a_file(config.output.url)
     dataset = Dataset(config.output.url, Store(config.output_storage))
     spec = with_network(make_spec(config), dataset)
     dataset.check_identity({"model_fingerprint": spec.fingerprint, "model": spec.identity})
     return spec, dataset
+
+
+def _refuse_a_file(url: str) -> None:
+    if not is_local(url):
+        return
+    path = local_path(url)
+    stands = next(place for place in (path, *path.parents) if os.path.exists(place))  # noqa: PTH110 - raises nothing
+    if not stands.is_dir():
+        raise ConfigError(f"output.url: {stands} is a file, not a folder. Choose another place.")
 
 
 def make_plan(config: JobConfig, retry_errors: Iterable[str] | str = ()) -> Plan:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import pipeline
 from pipeline.backends import FileInfo
 from pipeline.config import JobConfig, make_config
 from pipeline.errors import ConfigError, FatalError
@@ -278,6 +280,15 @@ def test_a_group_that_vanished_is_found_by_its_mark_or_its_part(folders: Path):
     commit_all(make_plan(config(folders)), folders)
     assert last.id not in dataset.standing()
     assert make_plan(config(folders)).tasks == []
+
+
+@pytest.mark.parametrize("below", ["", "/labels/2026"])
+@pytest.mark.parametrize("verb", [pipeline.plan, pipeline.run, pipeline.prune])
+def test_a_file_in_the_place_of_the_output_is_named_at_once(verb: Callable[[Any], Any], below: str, tmp_path: Path):
+    (tmp_path / "file").write_text("mine")
+    config = digits_config(tmp_path / "*.tar", f"{tmp_path}/file{below}")
+    with pytest.raises(ConfigError, match=rf"^output.url: {tmp_path}/file is a file, not a folder\. Choose another"):
+        verb(config)
 
 
 # --- Error rows to be tried again ------------------------------------------------------------------------------------
