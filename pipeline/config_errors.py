@@ -30,6 +30,7 @@ WANTED = {
     "literal_error": "{expected}",
     "greater_than": "above {gt:g}",
     "greater_than_equal": "at least {ge:g}",
+    "less_than_equal": "at most {le:g}",
     "too_short": "a list of {min_length} or more",
     "too_long": "a list of {max_length} or fewer",
     "string_pattern_mismatch": "64 hex digits",  # model.sha256 has the only pattern

@@ -146,6 +146,7 @@ def test_the_page_tells_the_true_type(path: str):
                                   " interpolation, decode (got 1)"),
         ("output.top_k=five", 'output.top_k: must be a whole number (got "five")'),
         ("model.seed=18446744073709551616", "model.seed: must be from -2**63 to 2**64 - 1, as torch takes it (got 18446744073709551616)"),
+        ("input.max_error_rate=1.5", "input.max_error_rate: must be at most 1 (got 1.5)"),
         ("output.top_k=0", "output.top_k: must be at least 1 (got 0)"),
         ("output.top_k=", "output.top_k: must be a whole number (got null)"),
         ("runtime.actors=1.5", "runtime.actors: must be a whole number or 'auto' (got 1.5)"),
