@@ -36,12 +36,12 @@ def _load(config: Config) -> JobConfig:
     return make_config(config) if isinstance(config, Mapping) else load_config(config)
 
 
-def _dataset(url: str, config: Config | None) -> tuple[Dataset, JobConfig | None]:
+def _dataset(url: str | Path, config: Config | None) -> tuple[Dataset, JobConfig | None]:
     """The dataset at a URL, in the store of this config if one is given; and the config."""
     from pipeline.outputs.dataset import Dataset
 
     job = _load(config) if config is not None else None
-    return Dataset(url, Store(job.output_storage) if job is not None else Store()), job
+    return Dataset(str(url), Store(job.output_storage) if job is not None else Store()), job
 
 
 def run(config: Config, retry_errors: Iterable[str] | str = ()) -> RunReport:
@@ -94,7 +94,7 @@ def prune(config: Config, yes: bool = False) -> Pruned:
     return prune_dataset(_load(config), yes)
 
 
-def status(url: str, config: Config | None = None) -> Status:
+def status(url: str | Path, config: Config | None = None) -> Status:
     """What the dataset at `url` is, how much it holds, its last runs, and which shards are gone from the input.
 
     The input is that of the last run, unless a config is given; its storage options are used as well.
@@ -105,7 +105,7 @@ def status(url: str, config: Config | None = None) -> Status:
 
 
 def dead_letters(
-    url: str,
+    url: str | Path,
     classes: Iterable[str] | str = (),
     export: str | Path | None = None,
     limit: int = 100,
@@ -126,7 +126,7 @@ def dead_letters(
     return found
 
 
-def verify(url: str, sample: int = 0, config: Config | None = None) -> Verification:
+def verify(url: str | Path, sample: int = 0, config: Config | None = None) -> Verification:
     """Check a dataset from the outside: marks against parts, footers against rows, no row twice, nothing missing."""
     from pipeline.verification import verify_dataset
 
@@ -135,7 +135,7 @@ def verify(url: str, sample: int = 0, config: Config | None = None) -> Verificat
 
 
 def read(
-    url: str, columns: Sequence[str] | None = None, errors: bool = False, config: Config | None = None
+    url: str | Path, columns: Sequence[str] | None = None, errors: bool = False, config: Config | None = None
 ) -> pa.Table:
     """The rows of the dataset at `url` as an Arrow table (`.to_pandas()` for pandas); with `errors`, its error rows."""
     from pipeline.outputs.dataset import read_table
@@ -163,6 +163,8 @@ def preview(config: Config, limit: int) -> pa.Table:
     """The first `limit` samples of the input with their results, computed in this process; commits nothing."""
     from pipeline.local import preview_samples
 
+    if limit < 1:
+        raise ConfigError(f"a preview shows at least 1 sample; got {limit}.")
     return preview_samples(_load(config), limit)
 
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from pipeline.backends import leftovers
 from pipeline.calibration import network_problem
 from pipeline.config import JobConfig
-from pipeline.errors import NotFound, SourceChanged, clean
+from pipeline.errors import ConfigError, NotFound, SourceChanged, clean
 from pipeline.inputs.shards import shard_id
 from pipeline.outputs.dataset import PARQUET, Dataset, Identity
 from pipeline.outputs.ledger import Mark, Standing
@@ -72,6 +72,8 @@ def verify_dataset(dataset: Dataset, sample: int = 0, config: JobConfig | None =
     With `sample`, so many rows are recomputed from their source bytes, with the given config or that of the last run.
     Raises NotFound where there is no dataset.
     """
+    if sample < 0:
+        raise ConfigError(f"sample is a number of rows, 0 for none; got {sample}.")
     identity = dataset.known_identity()
     result = Verification(dataset.url)
     standing = sorted(dataset.standing().items())

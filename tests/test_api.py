@@ -131,6 +131,27 @@ def test_read_gives_rows_error_rows_and_columns(job: dict[str, Any]):
     assert frame["label"].isin([str(digit) for digit in range(10)]).all()
 
 
+def test_a_dataset_is_a_url_or_a_path(job: dict[str, Any]):
+    path = Path(job["output"]["url"])
+    assert pipeline.read(path).num_rows == pipeline.status(path).predicted == 18
+    assert pipeline.verify(path).ok
+    assert pipeline.dead_letters(path).rows == 2
+
+
+@pytest.mark.parametrize("errors", [False, True])
+def test_a_column_that_is_not_there_is_named_beside_those_that_are(errors: bool, job: dict[str, Any]):
+    with pytest.raises(ConfigError, match=r"labels has no column nocol; there are key, shard, index, .*\w\.$"):
+        pipeline.read(job["output"]["url"], ["key", "nocol"], errors=errors)
+
+
+def test_numbers_of_rows_that_cannot_be_are_refused(job: dict[str, Any]):
+    with pytest.raises(ConfigError, match="sample is a number of rows, 0 for none; got -1"):
+        pipeline.verify(job["output"]["url"], -1)
+    for limit in (0, -1):
+        with pytest.raises(ConfigError, match=f"a preview shows at least 1 sample; got {limit}"):
+            pipeline.preview(job, limit)
+
+
 def test_reading_what_is_not_there(tmp_path: Path):
     with pytest.raises(NotFound, match="there is no dataset at"):
         pipeline.read(str(tmp_path))

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
-from pipeline.errors import FatalError, ModelMismatch, NotFound, SourceChanged, clean
+from pipeline.errors import ConfigError, FatalError, ModelMismatch, NotFound, SourceChanged, clean
 from pipeline.outputs.ledger import (
     Claim,
     Disown,
@@ -331,14 +331,21 @@ Made by resnet-batch with `{model.get("name")}`, weights `{model.get("weights")}
 def read_table(dataset: Dataset, folder: str, columns: Sequence[str] | None = None) -> pa.Table:
     """All rows of `data` or `errors`, part by part, sorted by index within each. Reads several parts at a time.
 
-    Raises NotFound where there is no dataset, or no shard of it is committed yet, so that its columns are unknown.
+    Raises NotFound where there is no dataset, or no shard of it is committed yet, so that its columns are unknown, and
+    ConfigError for a column that it does not have.
     """
     dataset.known_identity()
 
+    def chosen(names: list[str]) -> list[str]:
+        if unknown := [name for name in columns or () if name not in names]:
+            raise ConfigError(f"{dataset.url} has no column {', '.join(unknown)}; there are {', '.join(names)}.")
+        return names if columns is None else list(columns)
+
     def rows(shard_id: str) -> pa.Table:
         with dataset.open_part(folder, shard_id) as file:
-            table = pq.read_table(file, columns=None if columns is None else list(columns))
-            return table.replace_schema_metadata()
+            part = pq.ParquetFile(file, pre_buffer=True)
+            wanted = chosen(part.schema_arrow.names)
+            return part.read(wanted).select(wanted).replace_schema_metadata()
 
     with ThreadPoolExecutor(8) as pool:
         tables = list(pool.map(lambda name: undisturbed(partial(rows, name)), dataset.part_ids(folder)))
@@ -346,7 +353,7 @@ def read_table(dataset: Dataset, folder: str, columns: Sequence[str] | None = No
     if found:
         return pa.concat_tables(found)
     if folder == "errors":
-        return errors_schema().empty_table().select(columns or errors_schema().names)
+        return errors_schema().empty_table().select(chosen(errors_schema().names))
     raise NotFound(f"no shard of {dataset.url} is committed yet. Run the job first.")
 
 

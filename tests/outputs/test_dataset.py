@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import FatalError, ModelMismatch, NotFound, SourceChanged
+from pipeline.errors import ConfigError, FatalError, ModelMismatch, NotFound, SourceChanged
 from pipeline.outputs.dataset import Dataset, Identity, dataset_card, make_identity, read_table
 from pipeline.outputs.ledger import Standing
 from pipeline.outputs.schema import errors_schema
@@ -265,6 +265,8 @@ def test_there_is_nothing_to_read_yet(dataset: Dataset):
     with pytest.raises(NotFound, match=r"no shard of .* is committed yet"):
         read_table(dataset, "data")
     assert read_table(dataset, "errors").schema == errors_schema()
+    with pytest.raises(ConfigError, match="has no column nocol; there are key, shard"):
+        read_table(dataset, "errors", ["nocol"])
     commit(dataset, [], 0)
     assert read_table(dataset, "data").num_rows == 0
     assert "embedding" in read_table(dataset, "data").column_names
