@@ -48,6 +48,16 @@ class Cluster:
     is_here: bool = False  # its one node is that of this process
 
 
+class _Ours:
+    """The connection that runs of this process have made: the last one of them ends it."""
+
+    def __init__(self) -> None:
+        self.lock, self.users = threading.Lock(), 0
+
+
+OURS = _Ours()
+
+
 def is_ray_job() -> bool:
     return IN_RAY_JOB in os.environ
 
@@ -86,23 +96,31 @@ def _connection(config: JobConfig) -> Iterator[Cluster]:
 
     for name, level in CHATTER.items():
         logging.getLogger(name).setLevel(level)
-    ours = not ray.is_initialized()
-    if ours:
-        # Ray Data needs it, and there is a core to import it while Ray's servers come up.
-        threading.Thread(target=import_module, args=("pandas",), daemon=True).start()
-        try:
-            with _first_interrupt_waits():
-                _init(config.runtime.address)
-        except SystemExit as stop:  # what ray.init's own handler makes of a SIGTERM meanwhile
-            raise KeyboardInterrupt from stop
+    with OURS.lock:  # another run of this process, in another thread, may be about to connect or to end
+        ours = OURS.users > 0 or not ray.is_initialized()
+        if not ray.is_initialized():
+            _begin(config.runtime.address)
+        OURS.users += ours
     try:
         cluster = describe(ray.nodes(), _this_node())
         if cluster.num_nodes > 1:
             _refuse_local_paths(config)
         yield cluster
     finally:
-        if ours:
-            ray.shutdown()
+        with OURS.lock:
+            OURS.users -= ours
+            if ours and not OURS.users:
+                ray.shutdown()
+
+
+def _begin(address: str) -> None:
+    # Ray Data needs it, and there is a core to import it while Ray's servers come up.
+    threading.Thread(target=import_module, args=("pandas",), daemon=True).start()
+    try:
+        with _first_interrupt_waits():
+            _init(address)
+    except SystemExit as stop:  # what ray.init's own handler makes of a SIGTERM meanwhile
+        raise KeyboardInterrupt from stop
 
 
 @contextmanager

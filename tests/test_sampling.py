@@ -9,9 +9,7 @@ import pytest
 
 import pipeline
 from pipeline.examples.tars import write_tar
-from tests.support.jobs import BROKEN, digits_config, digits_tars
-
-NOOP = {"model": {"name": "resnet18", "weights": "random"}, "runtime": {"engine": "noop", "batch_size": 8}}
+from tests.support.jobs import BROKEN, NOOP, digits_config, digits_tars
 
 
 @pytest.mark.usefixtures("ray_cluster")

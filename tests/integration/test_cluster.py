@@ -19,7 +19,7 @@ from pipeline.outputs.dataset import Dataset
 from pipeline.storage import Store
 from tests.support.arena import start_run
 from tests.support.head import Head, clean_environment, ray_head
-from tests.support.jobs import WEIGHTS, digits_config, digits_tars
+from tests.support.jobs import NOOP, WEIGHTS, digits_config, digits_tars
 from tests.support.s3 import S3Server, s3_server
 
 ROOT = Path(__file__).parents[2]
@@ -142,3 +142,32 @@ def test_a_driver_joins_a_head_that_listens_on_loopback_alone(head: Head, tmp_pa
     random = {"model": {"name": "resnet18", "weights": "random"}}
     config = digits_config(tmp_path / "shards", tmp_path / "labels", **noop, **random)
     assert start_run(config, tmp_path).wait(90) == 0, (tmp_path / "driver.log").read_text()
+
+
+# Two runs in threads, each in a dataset of its own; prints what they end with, and whether Ray is left behind.
+TWO_RUNS = """
+import json, sys
+from concurrent.futures import ThreadPoolExecutor
+import ray
+import pipeline
+with ThreadPoolExecutor(2) as threads:
+    reports = list(threads.map(pipeline.run, map(json.loads, sys.argv[1:])))
+print(*(int(report.exit_code) for report in reports), ray.is_initialized())
+"""
+
+
+def test_two_runs_of_one_process_share_its_ray(tmp_path: Path):
+    """The second one is longer: it would otherwise lose Ray with the end of the first."""
+    configs = []
+    for name, shards in (("short", 2), ("long", 12)):
+        digits_tars(tmp_path / name, shards, 20)
+        configs.append(digits_config(tmp_path / name, tmp_path / f"{name}-labels", **NOOP))
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_RUNS, *map(json.dumps, configs)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=240,
+        check=False,
+    )
+    assert done.stdout.strip() == "0 0 False", done.stderr

@@ -31,9 +31,7 @@ from pipeline.rows import Columns
 from pipeline.storage import Store
 from tests.support.arena import start_run
 from tests.support.disks import small_disk
-from tests.support.jobs import assert_exactly_once, assert_no_leftovers, digits_config, digits_tars
-
-NOOP = {"model": {"name": "resnet18", "weights": "random"}, "runtime": {"engine": "noop", "batch_size": 8}}
+from tests.support.jobs import NOOP, assert_exactly_once, assert_no_leftovers, digits_config, digits_tars
 
 
 def wait_until(reached: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:

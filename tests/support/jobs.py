@@ -17,6 +17,8 @@ from pipeline.examples.digits import encode_png, load_digits_images
 from pipeline.examples.tars import write_tar
 
 NETWORK = "pipeline.examples.network:digits_resnet20"
+# Sections of a job that computes nothing.
+NOOP = {"model": {"name": "resnet18", "weights": "random"}, "runtime": {"engine": "noop", "batch_size": 8}}
 WEIGHTS = str(files("pipeline.examples") / "digits_resnet20.safetensors")
 TRANSFORM = {"resize": 32, "crop": None, "mean": [0.5] * 3, "std": [0.5] * 3}
 BROKEN = b"\xff\xd8\xff\xe0 this is no JPEG"
