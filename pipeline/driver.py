@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +25,11 @@ from ray.exceptions import (
     RayActorError,
     RayError,
     StreamingGeneratorReplayInconsistentError,
+    UserCodeException,
     WorkerCrashedError,
 )
 
+from pipeline import errors
 from pipeline.budget import ErrorBudget
 from pipeline.cluster import Cluster
 from pipeline.config import JobConfig
@@ -235,7 +238,8 @@ class Run:
             if refs is None:
                 return True
             if isinstance(refs, BaseException):
-                raise readable(refs)
+                found = readable(refs)
+                raise found from None if found is refs else refs
             self._casualties.on_progress()
             if refs:
                 described = self._committer().describe.remote(*refs)
@@ -267,7 +271,7 @@ class Run:
                 self._watcher.on_rows(len(receipt.indices), receipt.errors)
                 excess = self._budget.spend(len(receipt.indices), receipt.errors)
                 if excess and not self._stopping.is_set():
-                    raise Stopped(f"{excess}. Look at errors/*.parquet and at the source, or raise the limit.")
+                    raise Stopped(f"{excess}. Look at the source, or raise the limit.")
             self._act(self._progress.on_receipt(replace(receipt, piece=refs[receipt.piece])))
 
     def _act(self, decisions: list[Decision]) -> None:
@@ -313,12 +317,26 @@ def readable(error: BaseException) -> BaseException:
     if not isinstance(error, RayError):
         return error
     last = causes[-1]
-    if isinstance(last, RayActorError) and "creation task" in str(last):  # Ray keeps no more of it than its traceback
-        return Stopped(f"a worker failed while it was started with {clean(str(last).strip().splitlines()[-1])}")
+    if isinstance(last, UserCodeException) or (isinstance(last, RayActorError) and "creation task" in str(last)):
+        return _told(str(error))
     for kind, text in MEANINGS.items():
         if isinstance(last, kind):
             return Stopped(text)
-    return Stopped(f"a worker failed with {type(last).__name__}: {clean(last)}. --debug shows where")
+    return _failed(type(last).__name__, str(last))
+
+
+def _told(text: str) -> PipelineError:
+    """What an actor raised, by its traceback: Ray keeps no more of it than that text."""
+    first = text.partition("\n\nThe above exception was the direct cause")[0]
+    found = re.search(r"^([\w.]+)(?:: (.*))?$", first.rpartition('\n  File "')[2], re.MULTILINE)
+    module, _, name = (found[1] if found else "").rpartition(".")
+    message = (found[2] if found else None) or first
+    ours = getattr(errors, name, None) if module == errors.__name__ else None
+    return ours(message) if ours is not None else _failed(name, message)
+
+
+def _failed(name: str, message: str) -> Stopped:
+    return Stopped(f"a worker failed with {name}: {clean(message)}. --debug shows where")
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

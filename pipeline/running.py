@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+import traceback
 import uuid
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from functools import partial
 
 from pipeline.cluster import Cluster, connected, terminable
 from pipeline.config import JobConfig
-from pipeline.errors import ExitCode, NotFound, PipelineError, TransientError, clean
+from pipeline.errors import ExitCode, NotFound, PipelineError, TransientError, clean, redact
 from pipeline.estimation import PREDICTION, is_about, score
 from pipeline.model.classes import find_file
 from pipeline.model.spec import ModelSpec
@@ -129,6 +130,7 @@ def _execute(
         except KeyboardInterrupt:
             report.message = "stopped on request"
         except TransientError as reason:
+            log.debug("%s", redact(traceback.format_exc()))  # a cause may name a URL that it was sent on to
             report.message = str(reason).rstrip(".")
         report.images_per_s = round(counter.images_per_s, 1)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-from types import SimpleNamespace
 
 import pytest
+import ray
 from ray.exceptions import AuthenticationError
 
 from pipeline import cluster
@@ -27,8 +26,8 @@ def test_sigterm_stops_as_ctrl_c_does_whatever_handler_ray_has(monkeypatch: pyte
     def start(address: str) -> None:
         signal.signal(signal.SIGTERM, lambda *_: pytest.fail("Ray's handler"))
 
-    fake = SimpleNamespace(is_initialized=lambda: False, nodes=list, shutdown=lambda: None)
-    monkeypatch.setitem(sys.modules, "ray", fake)
+    for name, does in (("is_initialized", lambda: False), ("nodes", list), ("shutdown", lambda: None)):
+        monkeypatch.setattr(ray, name, does)
     monkeypatch.setattr(cluster, "_init", start)
     monkeypatch.setattr(cluster, "_this_node", lambda: None)
     before = signal.getsignal(signal.SIGTERM)

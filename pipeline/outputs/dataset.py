@@ -345,7 +345,8 @@ def read_table(dataset: Dataset, folder: str, columns: Sequence[str] | None = No
         with dataset.open_part(folder, shard_id) as file:
             part = pq.ParquetFile(file, pre_buffer=True)
             wanted = chosen(part.schema_arrow.names)
-            return part.read(wanted).select(wanted).replace_schema_metadata()
+            # Several are read at once anyway, and a process that ends while pyarrow's own threads do may be aborted.
+            return part.read(wanted, use_threads=False).select(wanted).replace_schema_metadata()
 
     with ThreadPoolExecutor(8) as pool:
         tables = list(pool.map(lambda name: undisturbed(partial(rows, name)), dataset.part_ids(folder)))

@@ -21,7 +21,7 @@ import pipeline
 from pipeline.cluster import Cluster
 from pipeline.config import make_config
 from pipeline.driver import Run, readable
-from pipeline.errors import ConfigError, ExitCode, Stopped
+from pipeline.errors import ConfigError, ExitCode, FatalError, Stopped
 from pipeline.inputs.shards import Shard, shard_id
 from pipeline.outputs.commit import CommitContext
 from pipeline.outputs.dataset import Dataset
@@ -105,22 +105,31 @@ def test_a_node_without_memory_ends_the_run_with_a_sentence(tmp_path: Path, monk
     assert "memory monitor killed" in (tmp_path / "driver.log").read_text()
 
 
-@ray.remote(max_retries=0)
+@ray.remote(max_retries=0, num_cpus=0)
 def raises(error: Exception) -> None:
     raise error
 
 
-@ray.remote(max_retries=0)
+@ray.remote(max_retries=0, num_cpus=0)
 def dies() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@ray.remote
+@ray.remote(num_cpus=0)
 class Unmade:
     def __init__(self) -> None:
         raise RuntimeError("odd")
 
     def ready(self) -> None: ...
+
+
+@ray.remote(max_retries=0, num_cpus=0)
+def wraps(error: Exception) -> None:
+    """As Ray Data does with what a callable class raises."""
+    try:
+        raise error
+    except Exception as cause:
+        raise ray.exceptions.UserCodeException("UDF failed to process a data block.") from cause
 
 
 def unmade() -> Any:
@@ -139,11 +148,17 @@ def unmade() -> Any:
         ),
         (lambda: raises.remote(RuntimeError("CUDA error")), Stopped, "a worker failed with RuntimeError: CUDA error"),
         (lambda: raises.remote(ConfigError("no such engine")), ConfigError, "no such engine"),
+        (lambda: wraps.remote(FatalError("no memory. Use another.")), FatalError, "no memory. Use another."),
+        (
+            lambda: wraps.remote(RuntimeError("mat1 and mat2\nNote: shapes")),
+            Stopped,
+            "a worker failed with RuntimeError: mat1 and mat2. --debug shows where",
+        ),
         (dies.remote, Stopped, "a worker died. Often that is for want of memory"),
         (
             unmade,
             Stopped,
-            "a worker failed while it was started with RuntimeError: odd",
+            "a worker failed with RuntimeError: odd",
         ),
     ],
 )
