@@ -24,7 +24,7 @@ from pipeline.model.spec import ModelInfo, ModelSpec, noop_info
 if TYPE_CHECKING:
     from torch import nn
 
-    from pipeline.model.network import Network
+    from pipeline.model.network import Head, Network
 
 log = logging.getLogger(__name__)
 
@@ -67,12 +67,12 @@ def build(spec: ModelSpec) -> Network:
     `model.num_classes` says; WeightsError.
     """
     share_cores()
-    from pipeline.model.network import Network, find_head
+    from pipeline.model.network import Network
 
     body = _with_weights(spec).eval()
     for parameter in body.parameters():
         parameter.requires_grad_(False)
-    head = find_head(body, spec.transform.crop, spec.name)
+    head = _head_of(body, spec)
     _check_num_classes(spec, head.num_classes)
     return Network(body, head, spec.transform).eval()
 
@@ -167,7 +167,6 @@ def _with_weights(spec: ModelSpec) -> nn.Module:
 
     It has not been run before it is filled, and not been in eval mode: some derive tensors from their parameters then.
     """
-    from pipeline.model.network import find_head
     from pipeline.model.weights import fill, fits, load_state_dict, match_keys
 
     make = _maker(spec)
@@ -176,10 +175,24 @@ def _with_weights(spec: ModelSpec) -> nn.Module:
     body = make(spec.num_classes)
     state = match_keys(load_state_dict(spec), body.state_dict())
     if spec.num_classes is None and not fits(body, state):
-        head = find_head(body.eval(), spec.transform.crop, spec.name)
+        head = _head_of(body.eval(), spec)
         body = make(state.get(f"{head.name}.weight", head.linear.weight).shape[0])
     fill(body, state, spec.weights.reference)
     return body
+
+
+def _head_of(body: nn.Module, spec: ModelSpec) -> Head:
+    """The network's head. One in half or double precision that does not take float32 images is put into float32."""
+    import torch
+
+    from pipeline.model.network import find_head
+
+    try:
+        return find_head(body, spec.transform.crop, spec.name)
+    except ConfigError:
+        if all(parameter.dtype == torch.float32 for parameter in body.parameters()):
+            raise
+        return find_head(body.float(), spec.transform.crop, spec.name)
 
 
 def _maker(spec: ModelSpec) -> Callable[[int | None], nn.Module]:
@@ -227,4 +240,4 @@ def _make(factory: Callable[[], Any], spec: ModelSpec) -> nn.Module:
         raise ConfigError(f"model.name: {spec.name} returned a {type(body).__name__}, not an nn.Module.")
     if any(isinstance(parameter, torch.nn.parameter.UninitializedParameter) for parameter in body.parameters()):
         raise ConfigError(f"model.name: {spec.name} has lazy layers. Run it once in the callable, or give their sizes.")
-    return body.cpu().float()  # some put themselves on the GPU, or into another precision than the reference's
+    return body.cpu()  # some put themselves on the GPU

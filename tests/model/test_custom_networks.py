@@ -283,6 +283,17 @@ def test_a_network_in_another_precision_is_computed_in_float32(custom, precision
     assert computed(spec)[0].dtype == np.float32
 
 
+def test_a_network_that_minds_its_precision_itself_is_left_alone(custom):
+    text = """
+        class Net(Base):
+            def forward(self, x):
+                return self.fc(self.features(x.double())).float()
+        def make():
+            return Net().double()
+    """
+    assert next(build(custom(text, "net:make")).body.parameters()).dtype == torch.float64
+
+
 def test_a_network_that_looks_at_how_its_weights_lie_runs_as_it_is(custom, caplog: pytest.LogCaptureFixture):
     text = """
         class Net(Base):
