@@ -331,8 +331,10 @@ def _told(text: str) -> PipelineError:
     found = re.search(r"^([\w.]+)(?:: (.*))?$", first.rpartition('\n  File "')[2], re.MULTILINE)
     module, _, name = (found[1] if found else "").rpartition(".")
     message = (found[2] if found else None) or first
-    ours = getattr(errors, name, None) if module == errors.__name__ else None
-    return ours(message) if ours is not None else _failed(name, message)
+    kind = getattr(errors, name, None) if module == errors.__name__ else None
+    if isinstance(kind, type) and issubclass(kind, PipelineError):
+        return kind(message)
+    return _failed(name, message)
 
 
 def _failed(name: str, message: str) -> Stopped:
