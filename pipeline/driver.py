@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,20 +19,14 @@ import pyarrow as pa
 import ray
 from ray.exceptions import (
     GetTimeoutError,
-    ObjectStoreFullError,
-    OutOfDiskError,
-    RayActorError,
     RayError,
-    StreamingGeneratorReplayInconsistentError,
-    UserCodeException,
-    WorkerCrashedError,
 )
 
-from pipeline import errors
 from pipeline.budget import ErrorBudget
 from pipeline.cluster import Cluster
 from pipeline.config import JobConfig
-from pipeline.errors import ModelMismatch, PipelineError, Stopped, StoreFull, TransientError, clean
+from pipeline.errors import ModelMismatch, Stopped, StoreFull, TransientError, clean
+from pipeline.failures import readable
 from pipeline.inputs.shards import current_fingerprint
 from pipeline.outputs.commit import CommitContext, CommitTask, Committed, commit_shard, describe
 from pipeline.outputs.ledger import Abandon, Commit, Decision, Progress, Receipt
@@ -52,20 +45,6 @@ STOP_GRACE_S = 20.0
 PUMP_GRACE_S = 5.0
 ASK_S = 10.0
 FETCH_S = 120.0
-
-MEMORY = "Often that is for want of memory: lower runtime.batch_size, or give Ray fewer CPUs"
-FULL = (
-    "Ray's object store is full on a node, and so is the disk that it spills to (RAY_TMPDIR, else /tmp). Free space"
-    " there; what is committed stays."
-)
-MEANINGS: dict[type[BaseException], str] = {
-    OutOfDiskError: FULL,
-    ObjectStoreFullError: FULL,
-    WorkerCrashedError: f"a worker died. {MEMORY}",
-    RayActorError: f"a worker died. {MEMORY}",
-    StreamingGeneratorReplayInconsistentError: "a node died, and a shard that it had read was another one, or could not"
-    " be reached, when it was read again",
-}
 
 Execute = Callable[[], tuple[Iterator[Any], Callable[[], None]]]  # see flow.execute
 
@@ -306,44 +285,3 @@ class Run:
             with suppress(Exception):  # what an execution says that was broken off; the reason to stop counts
                 self._take_bundles(wait=False)
             self._handle_answers(timeout_s=0.2)
-
-
-def readable(error: BaseException) -> BaseException:
-    """Our own error inside what Ray wraps around it, or one that says what Ray's means. Others than Ray's stay."""
-    causes = list(_causes(error))
-    for cause in causes:
-        if isinstance(cause, PipelineError) and not isinstance(cause, RayError):
-            return cause
-    if not isinstance(error, RayError):
-        return error
-    last = causes[-1]
-    if isinstance(last, UserCodeException) or (isinstance(last, RayActorError) and "creation task" in str(last)):
-        return _told(str(error))
-    for kind, text in MEANINGS.items():
-        if isinstance(last, kind):
-            return Stopped(text)
-    return _failed(type(last).__name__, str(last))
-
-
-def _told(text: str) -> PipelineError:
-    """What an actor raised, by its traceback: Ray keeps no more of it than that text."""
-    first = text.partition("\n\nThe above exception was the direct cause")[0]
-    found = re.search(r"^([\w.]+)(?:: (.*))?$", first.rpartition('\n  File "')[2], re.MULTILINE)
-    module, _, name = (found[1] if found else "").rpartition(".")
-    message = (found[2] if found else None) or first
-    kind = getattr(errors, name, None) if module == errors.__name__ else None
-    if isinstance(kind, type) and issubclass(kind, PipelineError):
-        return kind(message)
-    return _failed(name, message)
-
-
-def _failed(name: str, message: str) -> Stopped:
-    return Stopped(f"a worker failed with {name}: {clean(message)}. --debug shows where")
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, and what it came of. What comes of a task is a RayTaskError that is also of its cause's class."""
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = getattr(cause, "cause", None) or cause.__cause__

@@ -13,8 +13,8 @@ from pipeline.calibration import calibrate, spread
 from pipeline.cluster import Cluster
 from pipeline.config import Input, JobConfig, Storage, Transform
 from pipeline.deaths import Notes
-from pipeline.driver import readable
 from pipeline.errors import ConfigError
+from pipeline.failures import readable
 from pipeline.inputs.shards import Shard
 from pipeline.model.engines import choose_engine, find_engine
 from pipeline.model.openvino_engine import is_converted

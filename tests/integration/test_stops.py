@@ -20,8 +20,9 @@ import ray
 import pipeline
 from pipeline.cluster import Cluster
 from pipeline.config import make_config
-from pipeline.driver import Run, readable
+from pipeline.driver import Run
 from pipeline.errors import ConfigError, ExitCode, FatalError, Stopped
+from pipeline.failures import readable
 from pipeline.inputs.shards import Shard, shard_id
 from pipeline.outputs.commit import CommitContext
 from pipeline.outputs.dataset import Dataset
