@@ -19,7 +19,17 @@ from filelock import FileLock
 
 from pipeline.backends import expanded
 from pipeline.config import Storage, digest
-from pipeline.errors import AccessDenied, ConfigError, FatalError, PipelineError, WeightsError, clean, redact, translate
+from pipeline.errors import (
+    AccessDenied,
+    ConfigError,
+    FatalError,
+    PipelineError,
+    TransientError,
+    WeightsError,
+    clean,
+    redact,
+    translate,
+)
 from pipeline.storage import Store
 
 CHUNK = 8 * 2**20  # bytes
@@ -128,7 +138,7 @@ def _download(url: str, storage: Storage, path: Path, advice: str) -> str:
                     raise WeightsError(f"{redact(url)} sends more than {MAX_WEIGHTS_BYTES} bytes")
     except Exception as cause:
         error = cause if isinstance(cause, PipelineError) else translate(cause, "read", url)
-        if isinstance(error, AccessDenied):
+        if isinstance(error, AccessDenied | TransientError):  # later, or with other credentials, it may go well
             raise error from cause
         raise WeightsError(f"cannot fetch the weights: {clean(error)}. {advice}") from cause
     return hasher.hexdigest()

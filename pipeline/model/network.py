@@ -68,6 +68,8 @@ class Network(nn.Module):
             raise ValueError(f"{self.head.name}, its last nn.Linear, was not executed")
         embedding = self._inputs[-1]
         self._inputs.clear()
+        if len(x) == 1:  # `squeeze` takes that dimension away as well
+            logits, embedding = (rows[None] if rows.ndim == 1 else rows for rows in (logits, embedding))
         if not len(logits) == len(embedding) == len(x):
             raise ValueError(
                 f"it made {len(logits)} rows of logits and {len(embedding)} of features of {len(x)} images"
@@ -106,8 +108,16 @@ def check_rows(network: Network, name: str) -> None:
     images are batched."""
     side = network.head.input_size
     noise = torch.randint(0, 256, (4, side, side, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    with torch.inference_mode():
-        beside = [network(noise[[0, 1, other]]) for other in (2, 3)]  # of two rows, each is one standard deviation away
+    try:
+        with torch.inference_mode():
+            # Of two rows, each would be one standard deviation away.
+            beside = [network(noise[[0, 1, other]]) for other in (2, 3)]
+    except Exception as error:
+        raise ConfigError(
+            f"the network {name} fails with three images of noise, where it runs with two black ones: {clean(error)}."
+            " It must make a row for every image, whatever is in them and however many there are, and execute its last"
+            " nn.Linear."
+        ) from error
     for one, two in zip(*beside, strict=True):
         difference = (one[0] - two[0]).abs().max()
         if difference > ROW_TOLERANCE * one[0].abs().max():
@@ -138,7 +148,7 @@ def _probe(body: nn.Module, sizes: Sequence[int], name: str) -> tuple[tuple[int,
     ran: tuple[tuple[int, bool], Any, Executed] | None = None
     for size, is_contiguous in product(sizes, (False, True)):
         images = torch.zeros(2, size, size, 3).permute(0, 3, 1, 2)  # as `Network.forward` gives them
-        with torch.inference_mode(), _recorded_linears(body) as executed:
+        with torch.inference_mode(), _attributes_kept(body), _recorded_linears(body) as executed:
             try:
                 output = body(images.contiguous() if is_contiguous else images)
             except Exception as error:  # noqa: BLE001 - a custom network may raise anything; reported below
@@ -153,6 +163,18 @@ def _probe(body: nn.Module, sizes: Sequence[int], name: str) -> tuple[tuple[int,
         f"the network {name} does not run on images of {' or '.join(map(str, sizes))} pixels: {clean(failure)}. Set"
         " model.transform.crop to the size that it takes."
     ) from failure
+
+
+@contextmanager
+def _attributes_kept(body: nn.Module) -> Iterator[None]:
+    """What modules keep of a run as plain attributes, such as a grid, would not follow them to another device."""
+    before = [(module, dict(module.__dict__)) for module in body.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
 
 
 @contextmanager

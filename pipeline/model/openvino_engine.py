@@ -265,11 +265,12 @@ def _check_agreement(network: Network, model: Any, spec: ModelSpec) -> None:
 
 
 def _examples(side: int, is_fixed: bool) -> Iterator[Pixels]:
-    """Batches uint8 (3, H, W, 3) of another kind than the two black images of `side` pixels that are traced: what a
-    network makes of how many they are, of how bright or of what size would be frozen. The first is of that size."""
+    """Batches uint8 (3 or 1, H, W, 3) of another kind than the two black images of `side` pixels that are traced:
+    what a network makes of how many they are, of how bright or of what size would be frozen. The first is of that
+    size."""
     noise = np.random.default_rng(0).integers(0, 256, (3, side + 32, side + 32, 3), np.uint8)
     yield np.ascontiguousarray(noise[:, :side, :side])
-    bright = np.linspace(160, 255, 3 * side * side * 3).reshape(3, side, side, 3)
+    bright = np.linspace(160, 255, side * side * 3).reshape(1, side, side, 3)
     yield bright.astype(np.uint8)
     if not is_fixed:
         for height, width in ((side + 32, side), (side, side + 32), (side + 32, side + 32), (side // 2, side // 2)):

@@ -31,7 +31,7 @@ OWN_FOLDER = Path(pipeline.__file__).parent.parent
 # What a network's code may read, apart from its own files and the packages that it imports by name.
 OPAQUE = {"__import__", "environ", "eval", "exec", "getenv", "importlib", "open", "read_bytes", "read_text"}
 OPAQUE |= {"from_pretrained", "fromfile", "genfromtxt", "load", "load_file", "loadtxt", "memmap", "read_csv"}
-OPAQUE |= {"load_state_dict_from_url"}
+OPAQUE |= {"load_model", "load_state_dict_from_url", "safe_open", "urlopen", "urlretrieve"}
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ def is_closed(source: Source) -> bool:
     nodes = [node for tree in trees.values() for node in ast.walk(tree)]
     used = {node.id for node in nodes if isinstance(node, ast.Name)}
     used |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    used |= {node.name.rpartition(".")[2] for node in nodes if isinstance(node, ast.alias)}
     imported = {name.partition(".")[0] for path, tree in trees.items() for name in _imported_names(tree, path)} - {""}
     return not (used | imported) & OPAQUE and all(_is_fixed(name, files) for name in imported)
 

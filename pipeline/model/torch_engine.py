@@ -107,14 +107,14 @@ def load_eager(spec: ModelSpec, device: str, threads: int | None) -> TorchEngine
     dtype = DTYPES.get(spec.precision)
     network = build(spec)
     side = network.head.input_size
-    with memory_errors():
-        if not network.head.is_contiguous:
-            network = network.to(memory_format=torch.channels_last)
-        if dtype is not None:
-            _convert_weights(network, dtype)
-        engine = TorchEngine(network.to(device), torch.device(device), dtype)
     try:
-        engine(np.zeros((1, side, side, 3), np.uint8))
+        with memory_errors():
+            if not network.head.is_contiguous:
+                network = network.to(memory_format=torch.channels_last)
+            if dtype is not None:
+                _convert_weights(network, dtype)
+            engine = TorchEngine(network.to(device), torch.device(device), dtype)
+        engine(np.zeros((2, side, side, 3), np.uint8))
     except RuntimeError as cause:  # some look at how their weights lie in memory, or at their type
         log.warning("%s is computed as it is, which may be slower than in channels_last: %s", spec.name, clean(cause))
         with memory_errors():

@@ -15,7 +15,8 @@ import re
 import socket
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,30 @@ from pipeline.storage import is_local
 
 log = logging.getLogger(__name__)
 
-StateDict = dict[str, Tensor]
+
+class StateDict(dict[str, Tensor]):
+    """Tensors by key, and what torch keeps beside them: the version of the code that wrote each module, by its path.
+    Modules look at it to convert what an older version has written."""
+
+    def __init__(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] = (), metadata: Any = None) -> None:
+        super().__init__(tensors)
+        # Nothing but versions is taken from a file: torch does other things as well that are asked for here.
+        self._metadata = {
+            path: {"version": module["version"]}
+            for path, module in (metadata.items() if isinstance(metadata, Mapping) else ())
+            if isinstance(path, str) and isinstance(module, Mapping) and isinstance(module.get("version"), int)
+        }
+
+    def renamed(self, rename: Callable[[str], str]) -> StateDict:
+        """With other keys; `rename` is also given the paths of modules, with a dot at their end."""
+        versions = {rename(f"{path}.").removesuffix("."): version for path, version in self._metadata.items()}
+        return StateDict(((rename(key), value) for key, value in self.items()), versions)
+
 
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "module", "weights")
-PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.")
+PREFIXES = ("module.", "model.", "network.", "net.", "backbone.", "encoder.", "resnet.")
+# What torch.compile, FSDP and checkpointing put before the names of what they wrap, which may be any module inside.
+INSERTED = re.compile(r"\b_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 COUNTERS = ("num_batches_tracked", "n_averaged")
 SHOWN_KEYS = 10
 # How files begin that are often found under a checkpoint's name.
@@ -79,7 +100,7 @@ def load_torchvision(full_name: str, sha256: str | None = None) -> StateDict:
         check_sha256(found, sha256, weights.url)
     elif not found.startswith(path.stem.rpartition("-")[2]):  # its name says so, and torch.hub looks at downloads only
         log.warning("%s is not what torchvision publishes as %s: its sha256 begins with %s", path, full_name, found[:8])
-    return dict(state)
+    return StateDict(state, getattr(state, "_metadata", None))
 
 
 @contextlib.contextmanager
@@ -114,7 +135,7 @@ def parse(data: bytes, source: str) -> StateDict:
         from safetensors.torch import load
 
         try:
-            return load(data)
+            return StateDict(load(data))
         except SafetensorError as error:
             raise WeightsError(f"{name} is not a safetensors file: {clean(error)}.") from error
     return _unwrap(_unpickle(data, name), name)
@@ -170,41 +191,56 @@ def _safe_globals() -> list[Any]:
 
 def _unwrap(checkpoint: Any, name: str) -> StateDict:
     """The mapping of tensors in what a training script saved, such as `{"state_dict": …, "epoch": 3}`."""
-    inner = checkpoint
-    # A wrapper goes before tensors that lie beside it, such as a loss.
-    while isinstance(inner, Mapping) and (deeper := [inner[k] for k in WRAPPERS if isinstance(inner.get(k), Mapping)]):
-        inner = deeper[0]
-    if isinstance(inner, Mapping):
-        tensors = {str(key): value for key, value in inner.items() if isinstance(value, Tensor)}
-        if tensors:
-            return tensors
-    has = f"the entries {', '.join(map(str, inner))}" if isinstance(inner, Mapping) else f"a {type(inner).__name__}"
+    state = _state_in(checkpoint)
+    if state:
+        return state
+    has = (
+        f"the entries {', '.join(map(str, checkpoint))}"
+        if isinstance(checkpoint, Mapping)
+        else f"a {type(checkpoint).__name__}"
+    )
     raise WeightsError(
         f"{name} holds no state_dict, but {has}. Save torch.save(network.state_dict(), path), or put it under the"
         f" key {WRAPPERS[0]}."
     )
 
 
+def _state_in(saved: Any, depth: int = 8) -> StateDict:
+    """The tensors of the first wrapper that holds any, which goes before tensors that lie beside it, such as a loss."""
+    if not isinstance(saved, Mapping) or not depth:
+        return StateDict()
+    inner = next(filter(None, (_state_in(saved.get(key), depth - 1) for key in WRAPPERS)), None)
+    return inner or StateDict(
+        ((str(key), value) for key, value in saved.items() if isinstance(value, Tensor)),
+        getattr(saved, "_metadata", None),
+    )
+
+
 def match_keys(state: StateDict, own: Iterable[str]) -> StateDict:
-    """The state with those wrappers' prefixes removed (DataParallel, torch.compile, Lightning) that `own` lacks.
+    """The state with those wrappers' prefixes removed (DataParallel, torch.compile, FSDP, Lightning) that `own` lacks.
 
     Prefixes are taken off one layer at a time; the layer at which most keys are the network's own is the right one.
     """
-    wanted, best = set(own), state
-    while True:
-        stripped = {_without_prefix(key): value for key, value in state.items()}
-        if len(stripped) < len(state) or stripped.keys() == state.keys():
-            return best
+    wanted = set(own)
+    return max(_layers(state), key=lambda layer: len(wanted & layer.keys()))
+
+
+def _layers(state: StateDict) -> Iterator[StateDict]:
+    yield state
+    stripped = state.renamed(partial(INSERTED.sub, ""))
+    while len(stripped) == len(state):  # no two keys have become one
         state = stripped
-        if len(wanted & state.keys()) > len(wanted & best.keys()):
-            best = state
+        yield state
+        stripped = state.renamed(_without_prefix)
+        if stripped.keys() == state.keys():
+            return
 
 
 def _without_prefix(key: str) -> str:
     return next((key.removeprefix(prefix) for prefix in PREFIXES if key.startswith(prefix)), key)
 
 
-def fill(network: nn.Module, state: StateDict, name: str) -> None:
+def fill(network: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     """Copy the tensors into the network. WeightsError that lists what differs unless they fit exactly."""
     own = _tensors(network)
     # Counters of BatchNorm and of averaged networks may be there or not: inference doesn't need them. Of tensors under
@@ -237,7 +273,10 @@ def fill(network: nn.Module, state: StateDict, name: str) -> None:
             f"the weights {redact(name)} are not stored as plain numbers{_listed('that are something else', odd)}. Save"
             " those of the network before it was quantised or pruned."
         )
-    network.load_state_dict(state, strict=False)
+    try:
+        network.load_state_dict(state, strict=False)
+    except Exception as error:  # custom modules may look at what they are given
+        raise WeightsError(f"the network does not take the weights {redact(name)}: {clean(error)}.") from error
 
 
 def _is_plain(stored: Tensor, wanted: Tensor) -> bool:
@@ -246,16 +285,16 @@ def _is_plain(stored: Tensor, wanted: Tensor) -> bool:
     return is_alike and stored.layout == torch.strided and not stored.is_meta and not stored.is_quantized
 
 
-def fits(network: nn.Module, state: StateDict) -> bool:
+def fits(network: nn.Module, state: Mapping[str, Tensor]) -> bool:
     """Whether all tensors that both have are of one shape."""
     return not _of_another_shape(_tensors(network), state)
 
 
-def _of_another_shape(own: StateDict, state: StateDict) -> list[str]:
+def _of_another_shape(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
     return [key for key, value in own.items() if key in state and state[key].shape != value.shape]
 
 
-def _tensors(network: nn.Module) -> StateDict:
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by key, without what a module keeps besides (`get_extra_state`)."""
     return {key: value for key, value in network.state_dict().items() if isinstance(value, Tensor)}
 

@@ -6,7 +6,9 @@ import inspect
 import json
 import logging
 import os
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -137,7 +139,8 @@ def cache_key(spec: ModelSpec, *packages: str) -> str | None:
         others = installed_packages()
     code = {path.name: file_sha256(path) for path in sorted(Path(__file__).parent.glob("*.py"))}
     made_with = [[package, version(package)] for package in packages]
-    return digest([spec.fingerprint, code, made_with, *others], 32)
+    # The sha256, since a fingerprint knows torchvision's weights by name, and what is cached is not checked again.
+    return digest([spec.fingerprint, spec.weights.sha256, code, made_with, *others], 32)
 
 
 def _check_num_classes(spec: ModelSpec, found: int) -> None:
@@ -176,7 +179,9 @@ def _with_weights(spec: ModelSpec) -> nn.Module:
     state = match_keys(load_state_dict(spec), body.state_dict())
     if spec.num_classes is None and not fits(body, state):
         head = _head_of(body.eval(), spec)
-        body = make(state.get(f"{head.name}.weight", head.linear.weight).shape[0])
+        # Its weight may be under other names (weight_norm), but the first dimension is that of the classes.
+        found = (value for key, value in state.items() if key.startswith(f"{head.name}.") and value.ndim)
+        body = make(next(found, head.linear.weight).shape[0])
     fill(body, state, spec.weights.reference)
     return body
 
@@ -222,22 +227,51 @@ def _needs_num_classes(factory: Callable[..., Any]) -> bool:
 
 
 def _make(factory: Callable[[], Any], spec: ModelSpec) -> nn.Module:
-    """Call the factory with the spec's seed, leaving this process's random state alone."""
+    """What the factory makes, on the CPU, without what parallelises or compiles it: that is the engine's affair."""
     import torch
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec.weights.seed)
+    with _seeded(spec.weights.seed):
         try:
             body = factory()
         except PipelineError:
             raise
         except Exception as error:
+            advice = (
+                "Of its files only Python's travel: name others by a path that every node has, weights in model.weights"
+                if isinstance(error, OSError)
+                else "It is called without arguments, or with num_classes where it takes that"
+            )
             raise ConfigError(
-                f"model.name: calling {spec.name} failed with {type(error).__name__}: {clean(error)}. It is called"
-                " without arguments, or with num_classes where it takes that."
+                f"model.name: calling {spec.name} failed with {type(error).__name__}: {clean(error)}. {advice}."
             ) from error
     if not isinstance(body, torch.nn.Module):
         raise ConfigError(f"model.name: {spec.name} returned a {type(body).__name__}, not an nn.Module.")
     if any(isinstance(parameter, torch.nn.parameter.UninitializedParameter) for parameter in body.parameters()):
         raise ConfigError(f"model.name: {spec.name} has lazy layers. Run it once in the callable, or give their sizes.")
-    return body.cpu()  # some put themselves on the GPU
+    return _bare(body).cpu()  # some put themselves on the GPU
+
+
+def _bare(network: nn.Module) -> nn.Module:
+    """The network inside of DataParallel and torch.compile."""
+    from torch import nn
+
+    inner = network.module if isinstance(network, nn.DataParallel) else getattr(network, "_orig_mod", None)
+    return network if inner is None else _bare(inner)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Random numbers from a seed, torch's, numpy's and Python's, leaving this process's own state alone."""
+    import numpy as np
+    import torch
+
+    before = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])

@@ -14,7 +14,7 @@ import torch
 
 from pipeline.config import Output
 from pipeline.errors import ConfigError, WeightsError
-from pipeline.model.engines import load_engine
+from pipeline.model.engines import Unconvertible, load_engine
 from pipeline.model.source import load_callable
 from pipeline.model.spec import ModelSpec, make_spec, result_columns
 from pipeline.model.zoo import build, cache_key, resolve
@@ -243,7 +243,7 @@ def test_a_resnet_with_group_norms_is_compiled(custom):
     spec = custom(text, "net:make")
     code = """
 import pickle, sys
-from pipeline.model.engines import load_engine
+from pipeline.model.engines import Unconvertible, load_engine
 from pipeline.model.zoo import resolve
 spec = pickle.loads(bytes.fromhex(sys.argv[1]))
 print(load_engine("openvino", spec, resolve(spec), "cpu", 2).streams)
@@ -305,6 +305,95 @@ def test_a_network_that_looks_at_how_its_weights_lie_runs_as_it_is(custom, caplo
     logits, _ = load_engine("eager", spec, resolve(spec), "cpu", 3)(PIXELS)
     np.testing.assert_allclose(logits, computed(spec)[0], rtol=1e-5)
     assert "net:Net is computed as it is" in caplog.text
+
+
+def test_networks_that_squeeze_a_single_image(custom):
+    spec = custom("""
+        class Net(Base):
+            def forward(self, x):
+                return self.fc(F.adaptive_avg_pool2d(self.conv(x), 1).squeeze())
+    """)
+    for size in (1, 3):
+        found = load_engine("eager", spec, resolve(spec), "cpu", size)(PIXELS[:size])
+        for rows, expected in zip(found, computed(spec), strict=True):
+            np.testing.assert_allclose(rows, expected[:size], rtol=1e-4, atol=1e-5)
+    with pytest.raises(Unconvertible):
+        load_engine("openvino", spec, resolve(spec), "cpu", 1)
+
+
+def test_weights_that_cannot_lie_in_channels_last_are_left_as_they_are(custom, caplog: pytest.LogCaptureFixture):
+    spec = custom("""
+        class Net(Base):
+            def __init__(self):
+                super().__init__()
+                self.experts = nn.Parameter(torch.rand(4, 6, 3, 3, 3))
+            def forward(self, x):
+                return self.fc(F.conv2d(x, self.experts.mean(0), stride=2).mean((2, 3)))
+    """)
+    logits, _ = load_engine("eager", spec, resolve(spec), "cpu", 3)(PIXELS)
+    np.testing.assert_allclose(logits, computed(spec)[0], rtol=1e-5)
+    assert "net:Net is computed as it is" in caplog.text
+
+
+@pytest.mark.parametrize("wrap", ["nn.DataParallel", "torch.compile"])
+def test_what_parallelises_or_compiles_a_network_is_taken_off(custom, tmp_path: Path, wrap: str):
+    torch.save(build(custom(FUNCTIONAL)).body.state_dict(), tmp_path / "net.pth")
+    spec = custom(f"{FUNCTIONAL}\ndef make():\n    return {wrap}(Net())\n", "net:make", weights="net.pth")
+    assert type(build(spec).body).__name__ == "Net"
+
+
+def test_random_weights_are_the_same_everywhere_whoever_draws_them(custom):
+    spec = custom("""
+        import random
+        import numpy as np
+        def Net():
+            net = Base()
+            net.conv.weight.data *= random.random()
+            net.conv.bias.data = torch.from_numpy(np.random.randn(6)).float()
+            net.forward = lambda x: net.fc(net.features(x))
+            return net
+    """)
+    before = np.random.get_state()[1].tolist()
+    one, other = computed(spec), computed(spec)
+    assert np.array_equal(one[0], other[0])
+    assert np.random.get_state()[1].tolist() == before
+
+
+def test_a_network_that_fails_with_other_images_is_refused(custom):
+    text = """
+        class Net(Base):
+            def forward(self, x):
+                if x.std() > 0.1:
+                    return x.mean((1, 2))
+                return self.fc(self.features(x))
+    """
+    with pytest.raises(ConfigError, match="net:Net fails with three images of noise.*fc, its last nn.Linear, was not"):
+        resolve(custom(text))
+
+
+def test_the_classes_of_a_head_whose_weight_is_stored_in_two_parts(custom, tmp_path: Path):
+    text = """
+        class Net(Base):
+            def __init__(self, num_classes=5):
+                super().__init__(num_classes)
+                nn.utils.parametrizations.weight_norm(self.fc)
+            def forward(self, x):
+                return self.fc(self.features(x))
+    """
+    torch.save(build(custom(text, num_classes=3)).body.state_dict(), tmp_path / "net.pth")
+    assert resolve(custom(text, weights="net.pth")).num_classes == 3
+
+
+def test_what_a_network_keeps_of_a_run_is_not_that_of_the_search_for_its_head(custom):
+    text = """
+        class Net(Base):
+            kept = None
+            def forward(self, x):
+                if self.kept is None:
+                    self.kept = x.mean()
+                return self.fc(self.features(x) + self.kept)
+    """
+    assert build(custom(text)).body.kept is None
 
 
 def test_of_several_sizes_that_counts_which_gives_a_row_for_each_image(custom):
@@ -395,6 +484,7 @@ def test_one_class_is_no_prediction(custom):
         ("def Net(depth):\n    return Base()", "calling net:Net failed with TypeError: .*missing 1 required"),
         ("def Net():\n    return 3", "returned a int, not an nn.Module"),
         ("def Net():\n    return Base().no_such", "calling net:Net failed with AttributeError"),
+        ("def Net():\n    open('own.pth')", "FileNotFoundError: .*own.pth.*only Python's travel.*model.weights"),
     ],
 )
 def test_callables_that_give_no_network_are_refused(custom, text: str, message: str):

@@ -25,7 +25,7 @@ from torchvision.models import get_weight, resnet18
 
 from pipeline.errors import WeightsError
 from pipeline.model.spec import make_spec
-from pipeline.model.weights import fill, load_state_dict, load_torchvision, match_keys, parse
+from pipeline.model.weights import StateDict, fill, load_state_dict, load_torchvision, match_keys, parse
 from tests.model.helpers import output_of, python
 from tests.support.web import serving
 
@@ -70,6 +70,7 @@ TRAINING = {"epoch": 3, "arch": "resnet18", "optimizer": {"state": {0: {"momentu
             "args": argparse.Namespace(lr=0.1, amp=True),
         },
         lambda state: {"model_state_dict": state, "loss": torch.tensor(0.1), **TRAINING},
+        lambda state: {"model": {"name": "resnet18", "network": {}}, "weights": state, **TRAINING},
         lambda state: {"model": {"state_dict": state}, "model_ema": {"module.x": torch.ones(1)}, **TRAINING},
         lambda state: {"state_dict": state, "state_dict_ema": {}, "order": collections.OrderedDict(a=1)},
     ],
@@ -105,20 +106,75 @@ def test_safetensors():
             "module.module.",
             "model.module.",
         ),
-        *("net.", "network.", "module.net."),
+        *("net.", "network.", "module.net.", "backbone.", "model.encoder.", "resnet."),
     ],
 )
 def test_prefixes_of_wrappers_come_off(prefix: str):
     assert_is_the_network(saved({"state_dict": prefixed(prefix)}))
 
 
+@pytest.mark.parametrize("inserted", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+def test_what_torch_puts_around_modules_inside_comes_off(inserted: str):
+    state = {
+        "module." + key.replace("layer1.", f"layer1.{inserted}."): value
+        for key, value in network().state_dict().items()
+    }
+    assert any(f".{inserted}." in key for key in state)
+    assert_is_the_network(saved(state))
+    own = {f"a.{inserted}.weight", f"my{inserted}.weight"}
+    assert match_keys(StateDict({key: torch.ones(1) for key in own}), own).keys() == own
+
+
+class Versioned(torch.nn.Linear):
+    """Stores twice the weight since version 2, as a converter of older weights tells from the version."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        if local_metadata.get("version") != 2:
+            state_dict[prefix + "weight"] = state_dict[prefix + "weight"] * 2
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def test_modules_are_told_the_version_that_has_written_them():
+    stored, empty = torch.nn.Sequential(Versioned(2, 2)), torch.nn.Sequential(Versioned(2, 2))
+    for wrapped in (stored, torch.nn.DataParallel(stored), torch.nn.Sequential(collections.OrderedDict(net=stored))):
+        state = match_keys(parse(saved({"model": wrapped.state_dict()}), "net.pth"), empty.state_dict())
+        fill(empty, state, "net.pth")
+        assert torch.equal(empty[0].weight, stored[0].weight)
+    fill(empty, match_keys(parse(save(stored.state_dict()), "a.safetensors"), empty.state_dict()), "a.safetensors")
+    assert torch.equal(empty[0].weight, 2 * stored[0].weight)  # that format keeps no versions
+
+
+def test_of_what_lies_beside_a_state_dict_only_versions_are_taken():
+    state = torch.nn.Linear(2, 2).state_dict()
+    state._metadata[""] |= {"assign_to_params_buffers": True}
+    assert parse(saved(state), "net.pth")._metadata == {"": {"version": 1}}
+
+
+def test_a_checkpoint_that_holds_itself_is_refused():
+    round_and_round: dict[str, object] = {}
+    round_and_round["model"] = round_and_round
+    with pytest.raises(WeightsError, match="holds no state_dict"):
+        parse(saved(round_and_round), "net.pth")
+
+
+def test_a_network_that_does_not_take_its_weights():
+    class Odd(torch.nn.Linear):
+        def _load_from_state_dict(self, *args):
+            raise ValueError("not by me")
+
+    with pytest.raises(WeightsError, match="does not take the weights net.pth: .*not by me"):
+        fill(Odd(2, 2), torch.nn.Linear(2, 2).state_dict(), "net.pth")
+
+
 def test_prefixes_that_are_the_networks_own_stay():
     own = {"model.weight", "model.bias"}
     values = {"weight": torch.ones(1), "bias": torch.zeros(1)}
     for prefix in ("model.", "module.model.", "model.model.", "_orig_mod.module.model."):
-        state = {prefix + key: value for key, value in values.items()}
+        state = StateDict({prefix + key: value for key, value in values.items()})
         assert match_keys(state, own).keys() == own
-    assert match_keys({"module.a": torch.ones(1), "a": torch.ones(1)}, {"a"}).keys() == {"module.a", "a"}
+    assert match_keys(StateDict({"module.a": torch.ones(1), "a": torch.ones(1)}), {"a"}).keys() == {"module.a", "a"}
 
 
 def test_counters_and_second_names_of_tensors_may_be_left_out_or_too_many():
