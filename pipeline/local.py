@@ -17,8 +17,9 @@ from PIL import Image, ImageOps
 from pipeline.calibration import known_spec
 from pipeline.config import JobConfig, Output
 from pipeline.errors import ConfigError, Reject, clean
+from pipeline.inputs.images import eight_bits
 from pipeline.inputs.readers import read
-from pipeline.inputs.shards import Shard, discover
+from pipeline.inputs.shards import Shard, discover, printable
 from pipeline.inputs.stream import pixel_blocks
 from pipeline.model.engines import find_engine
 from pipeline.model.spec import ModelSpec, result_columns
@@ -30,11 +31,12 @@ from pipeline.storage import Store
 if TYPE_CHECKING:
     from pipeline.model.predictor import ResNetPredictor
 
-PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 TIFF_MODES = ("F", "I")  # read as such files are: their black and white are not known
 BATCH_SIZES = (1, 8, 32)  # few, since a network is loaded for one of them and kept
 BATCHES = {"cpu": 8, "cuda": 1}  # that there are at least of a larger size than 1: a CPU's cores compute one each
 BATCHES_PER_BLOCK = 8
+ORIENTATION = 0x0112  # EXIF's
 
 
 def predict_images(images: Any, config: JobConfig) -> pa.Table:
@@ -131,7 +133,7 @@ def _items(images: Any) -> Iterable[Any]:
 
 
 def _name(image: Any, number: int) -> str:
-    return str(image) if isinstance(image, str | Path) else str(number)
+    return printable(str(image)) if isinstance(image, str | Path) else str(number)
 
 
 def _row(number: int, image: Any, store: Store) -> Row:
@@ -155,11 +157,24 @@ def _encoded(image: Any, store: Store) -> bytes:
         image = Image.fromarray(image)
     if not isinstance(image, Image.Image):
         raise ConfigError(f"an image is a path, a URL, bytes, a Pillow image or an array; got {type(image).__name__}.")
-    upright = ImageOps.exif_transpose(image)
+    upright = _upright(image)
     buffer = io.BytesIO()
     if upright.mode in TIFF_MODES:
         upright.save(buffer, "TIFF")
     else:
         upright = upright if upright.mode in PNG_MODES else upright.convert("RGB")
-        upright.save(buffer, "PNG", compress_level=1)
+        # Without its profile, which may be too large for Pillow to read it again.
+        upright.save(buffer, "PNG", compress_level=1, icc_profile=None)
     return buffer.getvalue()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    is_deep = image.mode.startswith("I;16")
+    pixels = Image.fromarray(eight_bits(image)) if is_deep else image
+    try:
+        if is_deep:
+            pixels.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
+        return ImageOps.exif_transpose(pixels)
+    except Exception:  # noqa: BLE001 - broken metadata says nothing about the pixels, which are fine
+        return pixels

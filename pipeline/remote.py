@@ -6,6 +6,7 @@ As in `backends.py`, URLs are canonical and errors are the store's own.
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -120,11 +121,23 @@ class Web(Fsspec):
         )
 
     def open(self, url: str, read_ahead: bool) -> Opened:
+        from fsspec.implementations.http import HTTPStreamFile
+
         details = self._call("info", url)
         tag = str(details.get("ETag", ""))
         # Where the server has ETags, it refuses every range of another version.
         headers = {"If-Match": tag} if tag.startswith('"') else {}
         file: IO[bytes] = self.fs.open(url, "rb", headers=headers, **_cache(read_ahead))
+        if isinstance(
+            file, HTTPStreamFile
+        ):  # the server does not say how long it is, or that it answers requests for ranges
+            data = b""
+            with file as stream:
+                while len(data) <= READ_AHEAD and (piece := stream.read(READ_AHEAD)):
+                    data += piece
+            if len(data) > READ_AHEAD:
+                raise ConfigError(f"{redact(url)}: its server must answer range requests for files above 8 MiB.")
+            return Opened(io.BytesIO(data), _version(details), len(data))
         return Opened(file, _version(details), int(details["size"] or 0))
 
 

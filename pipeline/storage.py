@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -55,6 +56,7 @@ __all__ = ["FileInfo", "Store", "canonical", "is_local", "join", "local_path", "
 AT_ONCE = 16  # lookups under way
 SHARE_WHEN_DOWN = 0.1  # of the deadline, for a store that has let a whole one pass and has not answered since
 SKIP_BYTES = 2**20  # read at once of what nobody wants but the comparison
+ESCAPED = re.compile(r"\[([*?\[])\]")  # a character that is no wildcard, as glob.escape writes it
 T = TypeVar("T")
 
 _down: set[str] = set()  # such stores, known to this process: else each of a thousand shards would wait its two minutes
@@ -65,18 +67,41 @@ def join(url: str, *names: str) -> str:
 
 
 def split_pattern(url: str) -> tuple[str, bool]:
-    """The folder above the first wildcard and whether there is a wildcard at all."""
-    # In a web address `?` begins the query and `[` stands around an IPv6 host.
-    found = re.search(r"[*]" if url.startswith(("http://", "https://")) else r"[*?\[]", url)
-    return (url[: found.start()].rpartition("/")[0], True) if found else (url, False)
+    """The folder above the first wildcard and whether there is a wildcard at all. `[*]`, `[?]` and `[[]` are none."""
+    at = _wildcard_at(url)
+    return (url, False) if at is None else (_literal(url[:at].rpartition("/")[0]), True)
+
+
+def _wildcard_at(url: str) -> int | None:
+    """Where the first wildcard is: the end, if there are only characters that are kept from being one."""
+    if url.startswith(("http://", "https://")):  # there `?` begins the query and `[` stands around an IPv6 host
+        return url.find("*") if "*" in url else None
+    found = re.search(r"[*?\[]", ESCAPED.sub("___", url))
+    return found.start() if found else len(url) if ESCAPED.search(url) else None
+
+
+def _literal(pattern: str) -> str:
+    return ESCAPED.sub(r"\1", pattern)
+
+
+def within(folder: str, url: str) -> str:
+    """A relative URL as one in this folder, of whose own name nothing is a wildcard where the URL is a pattern."""
+    joined = join(folder, url)
+    if not split_pattern(url)[1] or (is_local(joined) and os.path.exists(local_path(joined))):  # noqa: PTH110
+        return joined
+    return join(escape(folder), url)
+
+
+def absolute(url: str) -> str:
+    """The same URL for a process that works in another folder."""
+    if not is_local(url):
+        return url
+    is_relative = "://" not in url and not url.startswith(("/", "~"))
+    return within(str(Path.cwd()), url) if is_relative and split_pattern(url)[1] else str(local_path(url))
 
 
 def with_absolute_urls(config: JobConfig) -> JobConfig:
     """The same job for a process that works in another folder."""
-
-    def absolute(url: str) -> str:
-        return str(local_path(url)) if is_local(url) else url
-
     url = config.input.url
     return config.model_copy(
         update={
@@ -111,12 +136,11 @@ class Store:
 
     def each_match(self, pattern: str) -> Iterator[FileInfo]:
         """What `glob` finds, in the order in which it is listed."""
-        pattern = canonical(pattern)
-        base = split_pattern(pattern)[0]
-        if "://" not in base:
+        pattern = canonical(absolute(pattern))
+        begin, _, first = pattern[: _wildcard_at(pattern)].rpartition("/")
+        if "://" not in begin:
             raise ConfigError(f"{pattern}: a bucket's or a server's name cannot be a pattern.")
-        rest = pattern[len(base) + 1 :]
-        prefix = re.split(r"[*?\[]", rest)[0]
+        base, prefix, rest = _literal(begin), _literal(first), pattern[len(begin) + 1 :]
         try:
             matches = re.compile(glob_translate(pattern)).match
         except (ValueError, re.error) as cause:

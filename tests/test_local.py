@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,42 @@ def test_sixteen_bit_grey_is_scaled_as_in_a_file(
     assert wide.mode == "I;16"
     (row,) = pipeline.predict(wide, config).to_pylist()
     assert_same(row, reference, images[3])
+
+
+def as_file_and_as_image(data: bytes, config: dict[str, Any]) -> None:
+    """Both ways give the same row."""
+    file, opened = pipeline.predict([data, Image.open(io.BytesIO(data))], config).to_pylist()
+    assert file["error"] is None
+    assert {**opened, "key": "0", "index": 0} == file
+
+
+def test_deep_grey_of_a_file_that_is_opened(config: dict[str, Any], images: list[Image.Image]):
+    """Big-endian, of 12 bits, and with white as zero."""
+    grey = np.asarray(images[3].convert("L"), np.uint16)
+    as_file_and_as_image(saved(Image.fromarray((grey * 257).astype(">u2")), "TIFF"), config)
+    as_file_and_as_image(saved(Image.fromarray(grey * 16), "TIFF", tiffinfo={258: 12}), config)
+    as_file_and_as_image(saved(Image.fromarray(65535 - grey * 257), "TIFF", tiffinfo={262: 0}), config)
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_what_surrounds_the_pixels_of_an_opened_file_says_nothing(config: dict[str, Any], images: list[Image.Image]):
+    for exif in (b"broken", b"II*\0"):
+        as_file_and_as_image(saved(images[3], "PNG", exif=exif), config)
+    profile = np.random.default_rng(0).bytes(2**21)
+    as_file_and_as_image(saved(images[3].convert("RGB"), "TIFF", icc_profile=profile), config)
+
+
+def test_a_path_that_is_not_utf8(config: dict[str, Any], pngs: list[bytes], tmp_path: Path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.png")
+    path.write_bytes(pngs[0])
+    (row,) = pipeline.predict(path, config).to_pylist()
+    assert row["key"] == f"{tmp_path}/caf\\udce9.png"
+    assert row["error"] is None
 
 
 def test_a_rotated_photograph_is_turned_as_in_a_file(config: dict[str, Any], images: list[Image.Image]):

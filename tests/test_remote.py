@@ -165,7 +165,7 @@ class Website(ThreadingHTTPServer):
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), functools.partial(_Page, directory=str(folder)))
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.has_ranges = True
+        self.has_ranges, self.refuses_ranges = True, False
         self.status: int | None = None
 
     def handle_error(self, *args: object) -> None:
@@ -195,6 +195,11 @@ class _Page(SimpleHTTPRequestHandler):
         self.end_headers()
         return io.BytesIO(data[first : last + 1])
 
+    def end_headers(self) -> None:
+        if self.server.refuses_ranges:
+            self.send_header("Accept-Ranges", "none")
+        super().end_headers()
+
     def log_message(self, *args: object) -> None:
         pass
 
@@ -223,6 +228,20 @@ def test_files_of_a_web_server(website: Website, tmp_path: Path, has_ranges: boo
     os.utime(tmp_path / "a b.bin", (0, 0))
     with pytest.raises(SourceChanged):
         Store().open(url, info.version)
+
+
+def test_a_small_file_is_read_as_a_whole_from_a_server_that_takes_no_ranges(
+    website: Website, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    website.has_ranges, website.refuses_ranges = False, True
+    (tmp_path / "x").write_bytes(DATA)
+    with Store().open(f"{website.url}/x") as file:
+        assert file.seek(-1000, 2) == len(DATA) - 1000
+        assert file.read() == DATA[-1000:]
+    assert Store().read(f"{website.url}/x") == DATA
+    monkeypatch.setattr(remote, "READ_AHEAD", len(DATA) - 1)
+    with pytest.raises(ConfigError, match=r"/x: its server must answer range requests"):
+        Store().open(f"{website.url}/x")
 
 
 def test_a_web_file_never_mixes_two_versions(website: Website, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

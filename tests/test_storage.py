@@ -360,7 +360,7 @@ def test_a_job_can_do_what_it_may_and_no_more(connect: Any, s3: S3Server) -> Non
     job.delete("s3://labels/mine")
     assert job.put_if_absent("s3://labels/mine", b"x")
     for act in (job.info, job.read, job.find, job.glob, job.delete):
-        with pytest.raises(AccessDenied, match="s3://private/x"):
+        with pytest.raises(AccessDenied, match="s3://private"):
             act("s3://private/x.tar")
     for act in (job.delete, lambda url: job.put(url, b""), lambda url: job.put_if_absent(url, b"")):
         with pytest.raises(AccessDenied, match="s3://raw/x"):

@@ -178,15 +178,20 @@ def _read(data: bytes, image: ImageFile.ImageFile) -> Stored:
 def _rgb(image: ImageFile.ImageFile) -> Array:
     """uint8 (H, W, 3). What `convert` would turn all white or all black is scaled, or refused."""
     if image.mode.startswith("I;16"):
-        tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
-        grey = (np.asarray(image) >> (tags.get(258, (16,))[0] - 8)).astype(np.uint8)
-        if tags.get(262) == 0:  # white is zero, which Pillow turns round for 8 bits, and not for 16
-            grey = 255 - grey
-        return np.repeat(grey[:, :, None], 3, axis=2)
+        return np.repeat(eight_bits(image)[:, :, None], 3, axis=2)
     if image.mode in ("F", "I"):
         kind = "floating-point" if image.mode == "F" else "32-bit or signed integer"
         raise rejected("unsupported_mode", f"its pixels are {kind} numbers, whose black and white are not known")
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def eight_bits(image: Image.Image) -> Array:
+    """uint8 (H, W) of 9- to 16-bit grey."""
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    grey: Array = (np.asarray(image) >> (tags.get(258, (16,))[0] - 8)).astype(np.uint8)
+    if tags.get(262) == 0:  # white is zero, which Pillow turns round for 8 bits, and not for 16
+        grey = 255 - grey
+    return grey
 
 
 def _turn(image: ImageFile.ImageFile) -> Turn:

@@ -21,7 +21,7 @@ from typing import Literal
 from pipeline.config import Input, digest
 from pipeline.config_errors import has_secret
 from pipeline.errors import ConfigError, NotFound, SourceChanged, redact
-from pipeline.storage import FileInfo, Store, canonical, is_local, join, local_path, split_pattern
+from pipeline.storage import FileInfo, Store, absolute, canonical, is_local, join, local_path, split_pattern, within
 
 log = logging.getLogger(__name__)
 
@@ -70,16 +70,17 @@ def discover(config: Input, store: Store, keep: Keep | None = None, output: str 
     """All shards that the input's URLs list now, each once, sorted by id: the order of URLs and listings is nothing.
 
     `keep` is asked of every shard that is no group, one at a time, and those that it refuses are left out: a plan
-    over millions has room for those to do, but not for all. The parts of the dataset at `output` are never input, even
+    over millions has room for those to do, but not for all. The files of the dataset at `output` are never input, even
     where it lies below an input's folder.
 
     Raises ConfigError for a URL under which there is nothing to read (unless `allow_empty`), for a file that is
     named and cannot be told how to read, for a shard whose URL no dataset can hold, and for two whose ids collide.
     """
     found = _Found(config, keep, output)
-    urls = list(dict.fromkeys(_expand_lists(config.urls, store)))
+    empty: list[str] = []
+    urls = list(dict.fromkeys(_expand_lists(config.urls, store, empty)))
     with ThreadPoolExecutor(LISTINGS_AT_ONCE) as pool:
-        empty = [said for said in pool.map(lambda url: found.take(_listing(url, store)), urls) if said]
+        empty += [said for said in pool.map(lambda url: found.take(_listing(url, store)), urls) if said]
     if not config.allow_empty and (empty or not urls):
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
         raise ConfigError(
@@ -114,6 +115,7 @@ class _Found:
     def __init__(self, config: Input, keep: Keep | None, output: str | None) -> None:
         self._config, self._keep = config, keep
         self._parts = tuple(f"{join(canonical(output), name)}/" for name in ("data", "errors")) if output else ()
+        self._card = join(canonical(output), "README.md") if output else None
         self._kept: list[Shard] = []
         self._urls: dict[str, str] = {}  # of all shards, by id
         self._loose: dict[str, tuple[str, FileInfo]] = {}
@@ -125,7 +127,7 @@ class _Found:
         for file in listing.files:
             listed += 1
             kind = _kind(listing, file, self._config.format)
-            if kind is None or (kind == "parquet" and file.url.startswith(self._parts)):
+            if kind is None or self._is_own(file.url):
                 continue
             found += 1
             if kind == "files":
@@ -135,6 +137,9 @@ class _Found:
         if found < listed:
             log.info("%d files of %d are input: %s", found, listed, redact(listing.url))
         return "" if found else f"{redact(listing.url)} ({listed or 'no'} files)"
+
+    def _is_own(self, url: str) -> bool:
+        return url == self._card or (url.startswith(self._parts) and url.endswith(".parquet"))
 
     def shards(self) -> list[Shard]:
         """All that were kept, groups of loose files among them, sorted by id."""
@@ -178,15 +183,18 @@ class _Listing:
     files: Iterable[FileInfo]
 
 
-def _expand_lists(urls: Iterable[str], store: Store) -> Iterator[str]:
+def _expand_lists(urls: Iterable[str], store: Store, empty: list[str]) -> Iterator[str]:
     """The URLs, with a text file replaced by its lines; a line that is no URL and no absolute path is meant relative
-    to the text file's own folder."""
+    to the text file's own folder. Files without a line are added to `empty`."""
     for url in urls:
         if not url.endswith(URL_LIST_SUFFIX) or _is_pattern(url):
             yield url
             continue
         folder = canonical(url).rpartition("/")[0]
-        for line in _lines(url, store):
+        lines = _lines(url, store)
+        if not lines:
+            empty.append(f"{redact(url)} (no lines)")
+        for line in lines:
             if line.endswith(URL_LIST_SUFFIX):
                 raise ConfigError(f"input.url: {url} names another list, {line}. Name it in input.url itself.")
             if has_secret(line):
@@ -195,7 +203,7 @@ def _expand_lists(urls: Iterable[str], store: Store) -> Iterator[str]:
                     " would be written into the dataset. Leave it out, and let the environment hold what the store"
                     " asks for."
                 )
-            named = line if "://" in line or line.startswith(("/", "~")) else join(folder, line)
+            named = line if "://" in line or line.startswith(("/", "~")) else within(folder, line)
             if is_local(named) and not is_local(url):
                 raise ConfigError(
                     f"input.url: the list {redact(url)} is not on this machine, but names a file that is: {named}. Name"
@@ -216,7 +224,7 @@ def _lines(url: str, store: Store) -> list[str]:
 
 def _listing(url: str, store: Store) -> _Listing:
     if _is_pattern(url):
-        return _Listing(url, "pattern", _folder(split_pattern(canonical(url))[0]), store.each_match(url))
+        return _Listing(url, "pattern", _folder(split_pattern(canonical(absolute(url)))[0]), store.each_match(url))
     if not url.endswith("/"):
         with suppress(NotFound):
             file = store.info(url)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import itertools
 import os
 import re
@@ -12,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import Input
+from pipeline.config import Input, make_config
 from pipeline.errors import ConfigError, SourceChanged
 from pipeline.inputs.shards import Shard, current_fingerprint, discover, group_files, relative, shard_id
-from pipeline.storage import FileInfo, Store
+from pipeline.storage import FileInfo, Store, with_absolute_urls
 
 ROOT = "file:///photos"
 
@@ -116,6 +117,24 @@ def test_a_local_folder_or_file_of_just_that_name_is_no_pattern(name: str, tmp_p
         assert [shard.url for shard in found(url)] == [f"file://{tmp_path}/{name}/a.tar"]
 
 
+@pytest.mark.parametrize("name", ["set[1]", "what?", "st*rs"])
+def test_a_folders_own_name_is_no_part_of_a_pattern_in_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, f"{name}/a.tar", f"{name}/b.jpg", f"{name}/c/d.tar", "set1/x.tar", "whats/x.tar", "stars/x.tar")
+    monkeypatch.chdir(tmp_path / name)
+    expected = {f"file://{tmp_path}/{name}/a.tar", f"file://{tmp_path}/{name}/c/d.tar"}
+    assert {shard.url for shard in found("**/*.tar")} == expected
+    assert [shard.url for shard in found("*.jpg")] == [f"file://{tmp_path}/{name}#"]
+    (tmp_path / name / "list.txt").write_text("**/*.tar\n")
+    monkeypatch.chdir(tmp_path)
+    assert {shard.url for shard in found(tmp_path / name / "list.txt")} == expected
+    escaped = f"{tmp_path}/{glob.escape(name)}/*.tar"
+    assert [shard.url for shard in found(escaped)] == [f"file://{tmp_path}/{name}/a.tar"]
+    job = make_config({"input": {"url": escaped}, "output": {"url": "out"}})
+    assert with_absolute_urls(job).input.url == escaped
+
+
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [("*.tar", {"a.tar"}), ("?.tar", {"a.tar"}), ("[ab].*", {"a.tar", "b.TAR.GZ"}), ("**/*.tgz", {"c.tgz"})],
@@ -174,6 +193,13 @@ def test_the_parts_of_a_dataset_below_the_input_are_not_input(tmp_path: Path, ou
     assert len(found(tmp_path)) == 6, "of any other dataset they are"
 
 
+def test_nor_are_they_where_a_pattern_would_take_anything(tmp_path: Path) -> None:
+    own = ("README.md", "data/a-1.parquet", "errors/a-1.parquet", "_ledger/a.json", "_runs/1/report.json")
+    touch(tmp_path, "README.md", "a.img", *(f"labels/{name}" for name in own))
+    config = Input(url=str(tmp_path / "**"), format="files")
+    assert paths(discover(config, Store(), output=str(tmp_path / "labels"))) == ["README.md", "a.img"]
+
+
 def test_file_that_several_urls_match_is_one_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "raw/a.tar")
     monkeypatch.chdir(tmp_path)
@@ -228,6 +254,10 @@ def test_text_file_of_urls(tmp_path: Path) -> None:
 def test_missing_empty_and_nested_lists_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("# nothing\n\n")
     (tmp_path / "nested.txt").write_text("empty.txt\n")
+    touch(tmp_path, "a.tar")
+    with pytest.raises(ConfigError, match=r"nothing to read under .*empty.txt \(no lines\)"):
+        found(tmp_path / "a.tar", tmp_path / "empty.txt")
+    assert len(found(tmp_path / "a.tar", tmp_path / "empty.txt", allow_empty=True)) == 1
     for name, message in {"no": "is not there", "empty": "nothing to read", "nested": "another list"}.items():
         with pytest.raises(ConfigError, match=message):
             found(tmp_path / f"{name}.txt")
