@@ -72,13 +72,14 @@ def plan(
     report to score; None, with a warning, where no image of the sample can be decoded. `price_per_hour` is that of all
     machines together.
     """
-    from pipeline.planning import make_plan, model_and_dataset
+    from pipeline.planning import make_plan, model_and_dataset, refuse_a_selection
 
     if price_per_hour is not None and not estimate:
         raise ConfigError("a price without an estimate says nothing: ask for the estimate as well (--estimate).")
     job = _load(config)
     spec, dataset = model_and_dataset(job)  # a run would be refused for another model's dataset
     found = make_plan(job, retry_errors)
+    refuse_a_selection(found, job)
     if not estimate or not found.tasks:
         return found
     from pipeline.sampling import estimate_plan

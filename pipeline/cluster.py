@@ -28,9 +28,10 @@ LOCAL_SERVERS = (
     {"RAY_USAGE_STATS_ENABLED": "0"},
     # Half of all starts miss their own object store at the first try. Ray tries 10 times, a second apart.
     {"RAY_raylet_client_connect_timeout_milliseconds": "50", "RAY_raylet_client_num_connect_attempts": "200"},
-    # The first version hangs when it is ended, since that is done after its control store: Ray waits for a second.
-    {"RAY_enable_autoscaler_v2": "1"},
 )
+# Those of a head node that a process tree has no use for: the autoscaler, and the dashboard's, which is only hidden by
+# `include_dashboard=False`. The start waits for them, and the autoscaler hangs for a second at the end.
+HEAD_SERVERS = ("start_monitor", "start_api_server")
 
 # What Ray says about itself at every start; its warnings about the work are kept.
 CHATTER = {
@@ -153,7 +154,7 @@ def _init(address: str) -> None:
         ray.init(logging_level=logging.WARNING)
     elif address == "local":
         try:
-            with on_loopback(), _environment(LOCAL_SERVERS):
+            with on_loopback(), _alone(), _environment(LOCAL_SERVERS):
                 ray.init("local", include_dashboard=False, logging_level=logging.WARNING)
         except (OSError, ray.exceptions.AuthenticationError) as cause:
             raise FatalError(
@@ -224,6 +225,21 @@ def on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """A Ray that starts meanwhile has no HEAD_SERVERS."""
+    from ray._private.node import Node
+
+    before = {name: getattr(Node, name) for name in HEAD_SERVERS}
+    for name in HEAD_SERVERS:
+        setattr(Node, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(Node, name, method)
 
 
 def describe(nodes: Iterable[Mapping[str, Any]], here: str | None) -> Cluster:

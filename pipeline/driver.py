@@ -25,7 +25,7 @@ from ray.exceptions import (
 from pipeline.budget import ErrorBudget
 from pipeline.cluster import Cluster
 from pipeline.config import JobConfig
-from pipeline.errors import ModelMismatch, Stopped, StoreFull, TransientError, clean
+from pipeline.errors import ModelMismatch, PipelineError, Stopped, StoreFull, TransientError, clean
 from pipeline.failures import readable
 from pipeline.inputs.shards import current_fingerprint
 from pipeline.outputs.commit import CommitContext, CommitTask, Committed, commit_shard, describe
@@ -45,6 +45,7 @@ STOP_GRACE_S = 20.0
 PUMP_GRACE_S = 5.0
 ASK_S = 10.0
 FETCH_S = 120.0
+SILENCE_S = 60.0  # before the first rows
 
 Execute = Callable[[], tuple[Iterator[Any], Callable[[], None]]]  # see flow.execute
 
@@ -130,6 +131,7 @@ class Run:
         self._turn = 0
         self._began = time.monotonic()
         self._first_rows_at: float | None = None
+        self._is_said, self._num_cpus = False, cluster.num_cpus
         self._write_s = 0.0  # in which nothing could go on but commits
         self._bundles: queue.Queue[Any] = queue.Queue(maxsize=64)
         self._stopping = threading.Event()
@@ -138,7 +140,7 @@ class Run:
     def loop(self, execute: Execute) -> None:
         """Until every shard is committed or given up. `execute` starts what makes the pieces.
 
-        On Ctrl-C or SIGTERM (KeyboardInterrupt), and where going on makes no sense (TransientError), shards whose rows
+        On Ctrl-C or SIGTERM (KeyboardInterrupt), and where going on makes no sense (PipelineError), shards whose rows
         have all arrived are committed before it is raised.
         """
         pump = threading.Thread(target=self._pump, args=(execute,), daemon=True)
@@ -151,8 +153,9 @@ class Run:
                 self._handle_answers(timeout_s=0.1)
                 self._write_s += time.monotonic() - at if held_up else 0.0
                 self._casualties.check()
+                self._say_if_nothing_comes()
                 self._watcher.on_tick()
-        except (KeyboardInterrupt, TransientError):
+        except (KeyboardInterrupt, PipelineError):
             self._end_execution()
             self._finish()
             raise
@@ -177,6 +180,18 @@ class Run:
             device=device,
             spent=spent,
         )
+
+    def _say_if_nothing_comes(self) -> None:
+        """Once. A network that loads for ever and cores that others hold look alike from here."""
+        if self._first_rows_at or self._is_said or time.monotonic() - self._began < SILENCE_S:
+            return
+        self._is_said = True
+        with suppress(RayError):
+            log.warning(
+                "no rows after %.0f s: a network is still loading, the input is slow, or others hold what is needed"
+                " (%g of %d CPUs are free; `ray status` tells more)",
+                *(SILENCE_S, ray.available_resources().get("CPU", 0), self._num_cpus),
+            )
 
     def _end_execution(self) -> None:
         """In a cluster that goes on, an execution that nobody reads any more would keep its actors."""

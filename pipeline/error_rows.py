@@ -190,6 +190,8 @@ def _export_shard(errors: ShardErrors, wanted: _Wanted, shard: Shard | None, con
         result.problems.append(f"{errors.shard} {what}: {len(wanted.rows)} not exported")
         return
     left = dict(wanted.rows)
+    if not left:  # a run has redone the shard since its rows were counted
+        return
     try:
         for sample in _samples(shard, max(left), config):
             row = left.pop(sample.index, None)

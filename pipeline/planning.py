@@ -19,12 +19,13 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from pipeline.calibration import with_network
 from pipeline.config import JobConfig
 from pipeline.error_classes import ERROR_CLASSES, choose_classes
-from pipeline.errors import ConfigError
+from pipeline.errors import AccessDenied, ConfigError, NotFound, redact
 from pipeline.estimation import Estimate
 from pipeline.inputs.shards import Shard, discover, relative
 from pipeline.model.spec import ModelSpec, make_spec
@@ -33,7 +34,7 @@ from pipeline.outputs.ledger import Standing
 from pipeline.outputs.schema import Footer
 from pipeline.storage import Store, is_local, local_path
 
-PARTS_AT_ONCE = 16  # whose error classes are read
+PARTS_AT_ONCE = 16  # whose error classes are read, or files that are looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,9 @@ class Plan:
     changed: list[str] = field(default_factory=list)  # URLs among the tasks that stand with another fingerprint
     retried: list[str] = field(default_factory=list)  # URLs among the tasks that are done, but for their error rows
     gone: list[str] = field(default_factory=list)  # ids that stand in the dataset and are not in the input
+    unlisted: list[str] = field(
+        default_factory=list
+    )  # loose files that end what tasks replace, and are not in the input
     estimate: Estimate | None = None  # of what the tasks will take, where that was asked for
 
     @property
@@ -120,7 +124,33 @@ def make_plan(config: JobConfig, retry_errors: Iterable[str] | str = ()) -> Plan
 
     shards = discover(config.input, Store(config.input_storage), is_worth_a_look, config.output.url)
     redo = _with_errors(shards, standing, dataset, classes) if classes else ()
-    return compare(shards, standing, _vanished_groups(shards, standing, left_out, dataset), redo, left_out)
+    vanished = _vanished_groups(shards, standing, left_out, dataset)
+    plan = compare(shards, standing, vanished, redo, left_out)
+    return replace(plan, unlisted=_unlisted(plan, shards, vanished, standing, dataset))
+
+
+def refuse_a_selection(plan: Plan, config: JobConfig) -> None:
+    """ConfigError where rows would leave the dataset of files that are still there: the input lists them no more.
+
+    A group of loose files is replaced as a whole. That its last file is still there tells a narrower `input.url` from
+    files that are gone.
+    """
+    source = Store(config.input_storage)
+
+    def is_there(url: str) -> bool:
+        with suppress(NotFound, AccessDenied):
+            source.info(url)
+            return True
+        return False
+
+    with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
+        there = [url for url, found in zip(plan.unlisted, pool.map(is_there, plan.unlisted), strict=True) if found]
+    if there:
+        raise ConfigError(
+            f"input.url: {redact(there[0])} is there but not in this input, and {config.output.url} holds its row in a"
+            f" group of files that would be replaced ({len(there)} such groups). List all files of the folder that this"
+            " dataset is to have, as before, or give this selection an output.url of its own."
+        )
 
 
 def _with_errors(
@@ -146,6 +176,26 @@ def _vanished_groups(
     gone = _gone(shards, standing, left_out)
     found = dataset.footers_of({name: standing[name] for name in gone})
     return [group for name, footers in found.items() for group in vanished_groups(name, footers, roots)]
+
+
+def _unlisted(
+    plan: Plan,
+    shards: Iterable[Shard],
+    vanished: Iterable[Vanished],
+    standing: Mapping[str, Standing],
+    dataset: Dataset,
+) -> list[str]:
+    """The last files of the groups that tasks replace or retire, but for those that the input has."""
+    groups = [task.shard for task in plan.tasks if task.shard.kind == "files"]
+    if not groups:
+        return []
+    retired = {name for task in plan.tasks for name in task.retires}
+    last = {f"{group.root}/{group.last_path}" for group in vanished if group.id in retired}
+    stood = dataset.footers_of({group.id: standing[group.id] for group in groups if group.id in standing})
+    roots = {group.root for group in groups}
+    for name, footers in stood.items():
+        last |= {f"{group.root}/{group.last_path}" for group in vanished_groups(name, footers, roots)}
+    return sorted(last - {member.url for shard in shards for member in shard.members})
 
 
 def vanished_groups(shard_id: str, footers: Iterable[Footer], roots: Iterable[str]) -> Iterator[Vanished]:

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.config import JobConfig
+from pipeline.config_errors import has_secret
 from pipeline.errors import ExitCode, redact
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _public(value: Any) -> Any:
         return {name: _public(child) for name, child in value.items()}
     if isinstance(value, list):
         return [_public(child) for child in value]
-    return redact(value) if isinstance(value, str) and "://" in value else value
+    return redact(value) if isinstance(value, str) and has_secret(value) else value
 
 
 Clock = Callable[[], float]  # seconds
@@ -110,6 +111,9 @@ class Counter:
 
     def on_committed(self, task: Task, committed: Committed) -> None:
         self._settle(task.shard.size)
+        if not committed.is_ours:
+            self.report.shards_done_before += 1
+            return
         self.report.shards_committed += 1
         self.report.predicted += committed.predicted
         self.report.errors += committed.errors

@@ -20,7 +20,7 @@ from pipeline.model.classes import find_file
 from pipeline.model.spec import ModelSpec
 from pipeline.outputs.commit import CommitContext
 from pipeline.outputs.dataset import Dataset, make_identity
-from pipeline.planning import Plan, make_plan, model_and_dataset
+from pipeline.planning import Plan, make_plan, model_and_dataset, refuse_a_selection
 from pipeline.report import RunReport, public_config, watching
 from pipeline.storage import with_absolute_urls
 from pipeline.verdict import judge
@@ -34,27 +34,35 @@ def run(config: JobConfig, retry_errors: Iterable[str] | str = ()) -> RunReport:
     started = time.monotonic()
     spec, dataset = model_and_dataset(config)
     plan = make_plan(config, retry_errors)
+    refuse_a_selection(plan, config)
     dataset.store.sweep(dataset.url)
     report = new_report(config, spec, plan)
-    if plan.tasks:
-        with connected(config) as cluster:
-            _execute(plan, config, spec, dataset, cluster, report)
-    _conclude(report, len(plan.tasks))
-    report.seconds = round(time.monotonic() - started, 3)
-    if plan.tasks and report.exit_code is not ExitCode.INCOMPLETE:
-        report.prediction = _score(report, plan, dataset)
-    _leave(report, dataset)
+    try:
+        if plan.tasks:
+            with connected(config) as cluster:
+                _execute(plan, config, spec, dataset, cluster, report)
+            dataset.store.sweep(dataset.url)  # what a committer left that died on the way
+        _conclude(report)
+        if plan.tasks and report.exit_code is not ExitCode.INCOMPLETE:
+            report.prediction = _score(report, plan, dataset, time.monotonic() - started)
+    except (KeyboardInterrupt, PipelineError) as cause:
+        report.exit_code = getattr(cause, "exit_code", ExitCode.INCOMPLETE)
+        report.message = redact(str(cause)) or "stopped on request"
+        if report.shards_committed or report.exit_code is ExitCode.INCOMPLETE:  # not of what could never begin
+            _leave(report, dataset, started)
+        raise
+    _leave(report, dataset, started)
     return report
 
 
-def _score(report: RunReport, plan: Plan, dataset: Dataset) -> dict[str, float]:
+def _score(report: RunReport, plan: Plan, dataset: Dataset, seconds: float) -> dict[str, float]:
     """What `plan --estimate` predicted of this run, if it did, beside what came of it."""
     sizes = [task.shard.size for task in plan.tasks]
     try:
         prediction = json.loads(dataset.store.read(dataset.path(*PREDICTION)))
         if not isinstance(prediction, dict) or not is_about(prediction, sizes, report.model_fingerprint):
             return {}
-        return score(prediction, report.seconds, report.images_per_s)
+        return score(prediction, seconds, report.images_per_s)
     except NotFound:
         return {}
     except (PipelineError, ValueError, KeyError, TypeError) as cause:
@@ -62,8 +70,9 @@ def _score(report: RunReport, plan: Plan, dataset: Dataset) -> dict[str, float]:
         return {}
 
 
-def _leave(report: RunReport, dataset: Dataset) -> None:
+def _leave(report: RunReport, dataset: Dataset, started: float) -> None:
     """Put the report where it belongs. What the run committed stands without it, so that is not worth failing for."""
+    report.seconds = round(time.monotonic() - started, 3)
     try:
         dataset.store.put(dataset.path("_runs", report.run_id, "report.json"), report.to_json().encode())
     except PipelineError as cause:
@@ -135,7 +144,8 @@ def _execute(
         report.images_per_s = round(counter.images_per_s, 1)
 
 
-def _conclude(report: RunReport, num_tasks: int) -> None:
+def _conclude(report: RunReport) -> None:
+    num_tasks = report.shards_listed - report.shards_done_before
     num_open = num_tasks - report.shards_committed
     if num_open:
         report.exit_code = ExitCode.INCOMPLETE

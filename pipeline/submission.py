@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from pipeline.config import JobConfig
 from pipeline.config_errors import has_secret
-from pipeline.errors import ConfigError, ExitCode, FatalError, clean, redact
+from pipeline.errors import ConfigError, ExitCode, FatalError, Stopped, clean, redact
 from pipeline.model.classes import class_names
 from pipeline.model.source import locate
 from pipeline.storage import with_absolute_urls
@@ -122,7 +122,12 @@ def follow(client: JobSubmissionClient, job: str) -> int:
 
     thread = threading.Thread(target=tail, daemon=True)
     thread.start()
-    thread.join()
+    try:
+        thread.join()
+    except KeyboardInterrupt:
+        raise Stopped(
+            f"no longer following job {job}, which runs on: `ray job logs --follow {job}`, `ray job stop {job}`."
+        ) from None
     if failure:
         raise FatalError(f"lost the log of job {job}: {failure[0]}. It may run on: `ray job logs --follow {job}`.")
     info: Any = client.get_job_info(job)

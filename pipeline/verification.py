@@ -124,6 +124,9 @@ def _check_shard(dataset: Dataset, identity: Identity, name: str, standing: Stan
     try:
         mark = standing.valid_mark
         if mark is None:
+            now = dataset.standing_of(name)  # parts are listed after marks: a run may have committed it in between
+            if now != standing:
+                return _check_shard(dataset, identity, name, now)
             return None, [f"not committed: {_why_not(dataset, standing)}. A run does it again."]
         body = _mark_body(dataset, mark)
         part = _scan(dataset, "data", name, identity)

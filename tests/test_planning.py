@@ -25,7 +25,7 @@ from pipeline.outputs.ledger import (
     commit_hash,
 )
 from pipeline.outputs.schema import Footer
-from pipeline.planning import Plan, Task, Vanished, compare, make_plan, vanished_groups
+from pipeline.planning import Plan, Task, Vanished, compare, make_plan, refuse_a_selection, vanished_groups
 from pipeline.storage import Store
 from tests.support.datasets import commit_all as commit_job
 from tests.support.jobs import digits_config
@@ -280,6 +280,26 @@ def test_a_group_that_vanished_is_found_by_its_mark_or_its_part(folders: Path):
     commit_all(make_plan(config(folders)), folders)
     assert last.id not in dataset.standing()
     assert make_plan(config(folders)).tasks == []
+
+
+@pytest.mark.parametrize("size", [5, 1000], ids=["many groups", "one group"])
+@pytest.mark.parametrize("less", ["photos/1?.jpg", "photos/3.jpg", "list.txt"])
+def test_an_input_that_lists_less_of_a_folder_does_not_take_rows_away(folders: Path, less: str, size: int):
+    """They would leave with the group that they are in, though the files are there."""
+    (folders / "in/list.txt").write_text("photos/10.jpg\nphotos/12.jpg\n")
+
+    def job(url: str) -> JobConfig:
+        section = {"url": str(folders / "in" / url), "group_size": size}
+        return make_config({"input": section, "output": {"url": str(folders / "labels")}})
+
+    commit_all(make_plan(job("photos/*")), folders)
+    smaller = make_plan(job(less))
+    with pytest.raises(ConfigError, match=r"/photos/\d+.jpg is there but not in this input.* output.url of its own"):
+        refuse_a_selection(smaller, job(less))
+    for url in smaller.unlisted:
+        Path(url.removeprefix("file://")).unlink()
+    refuse_a_selection(smaller, job(less))
+    refuse_a_selection(make_plan(job("photos/*")), job("photos/*"))
 
 
 @pytest.mark.parametrize("below", ["", "/labels/2026"])

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.backends import FileInfo
+from pipeline.errors import TransientError
 from pipeline.inputs.shards import Shard, group_files, relative
 from pipeline.outputs.dataset import marks_by_shard
 from pipeline.outputs.ledger import (
@@ -28,6 +29,7 @@ from pipeline.outputs.ledger import (
     Receipt,
     Standing,
     Standings,
+    Wait,
     commit_steps,
 )
 from pipeline.outputs.schema import Footer
@@ -94,7 +96,7 @@ class World:
                 if any(self.files.get(path) != version for path, version in planned.items()):
                     raise Stopped("the source has changed")
                 return None
-            case Confirm():
+            case Confirm() | Wait():
                 return None
         self.writes += 1
         folder = {"data": self.data, "errors": self.errors}.get(step.folder)
@@ -186,7 +188,7 @@ class Run:
         except StopIteration:
             del self._commits[number]
             self._act(self._progress.on_committed(number))
-        except Stopped:
+        except (Stopped, TransientError):
             del self._commits[number]
             self._act(self._progress.on_failed(number))
 

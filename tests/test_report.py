@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from pipeline.config import make_config
 from pipeline.errors import ExitCode
 from pipeline.inputs.shards import Shard, shard_id
 from pipeline.outputs.commit import Committed
 from pipeline.planning import Task
-from pipeline.report import Counter, LiveBar, LogLines, RunReport, facts, summary, watching
+from pipeline.report import Counter, LiveBar, LogLines, RunReport, facts, public_config, summary, watching
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 
@@ -64,6 +65,25 @@ def test_committed_and_open_shards_are_counted_in_the_report(clock: Clock):
     assert found.open == [{"shard": "s3://b/3.tar", "reason": "the store is down"}]
     assert (counter.settled, counter.bytes_settled) == (3, 300)
     assert counter.status() == "3/3 shards · 12 images · 12,000 images/s · 2 errors"
+
+
+def test_what_another_run_has_committed_meanwhile_is_none_of_ours(clock: Clock):
+    counter = Counter(report(), 2, 300, clock)
+    counter.on_committed(task("s3://b/1.tar", 100), Committed(0, 10, 2, 5000, is_ours=False))
+    found = counter.report
+    assert (found.shards_done_before, found.shards_committed, found.predicted, found.committed) == (1, 0, 0, [])
+    assert counter.settled == 1
+
+
+def test_the_config_of_a_report_lists_the_same_input():
+    """Signatures are cut out, but other queries are part of the name."""
+    urls = ["https://host/a.tar?v=2", "s3://bucket/b.tar"]
+    job = make_config(
+        {"input": {"url": urls}, "output": {"url": "out"}, "model": {"weights": "https://host/a.pth?sig=x"}}
+    )
+    shown = public_config(job)
+    assert shown["input"]["url"] == urls
+    assert shown["model"]["weights"] == "https://host/a.pth"
 
 
 def test_the_rate_is_that_of_the_steady_state(clock: Clock):

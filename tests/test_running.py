@@ -29,8 +29,8 @@ def test_a_store_that_fails_after_the_last_commit_fails_no_run(
 
     dataset, report = Dataset(str(tmp_path), Failing()), RunReport("run", str(tmp_path))
     caplog.set_level(logging.WARNING)
-    assert _score(report, Plan([]), dataset) == {}
-    _leave(report, dataset)
+    assert _score(report, Plan([]), dataset, 1.0) == {}
+    _leave(report, dataset, 0.0)
     assert [record.message.partition(":")[0] for record in caplog.records] == [
         "the prediction is not scored",
         "this run leaves no report.json",
@@ -41,13 +41,13 @@ def test_a_store_that_fails_after_the_last_commit_fails_no_run(
 def test_a_damaged_prediction_is_not_scored(text: str, tmp_path: Path) -> None:
     dataset = Dataset(str(tmp_path), Store())
     dataset.store.put(dataset.path(*PREDICTION), text.encode())
-    assert _score(RunReport("run", str(tmp_path)), Plan([]), dataset) == {}
+    assert _score(RunReport("run", str(tmp_path)), Plan([]), dataset, 1.0) == {}
 
 
 def test_a_run_is_complete_only_if_every_shard_is_committed() -> None:
     """Whatever became of the list of those that stay open."""
-    report = RunReport("run", "labels", shards_committed=2, predicted=10)
-    _conclude(report, 3)
+    report = RunReport("run", "labels", shards_listed=9, shards_done_before=6, shards_committed=2, predicted=10)
+    _conclude(report)
     assert (report.exit_code, report.message[:47]) == (
         ExitCode.INCOMPLETE,
         "2 of 3 shards committed, 1 stay open. Run again",

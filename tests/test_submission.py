@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
+
 import pytest
 
 import pipeline
 from pipeline import submission
-from pipeline.errors import ConfigError, FatalError
+from pipeline.errors import ConfigError, FatalError, Stopped
 from tests.support.jobs import digits_config
 
 
@@ -33,6 +37,17 @@ def test_what_is_no_address_is_refused_before_ray_is_asked(address: str, monkeyp
     monkeypatch.setattr(submission, "_client", lambda address: pytest.fail("Ray is asked"))
     with pytest.raises(ConfigError, match="is not that of a Ray dashboard, such as http://head:8265"):
         pipeline.submit(digits_config("s3://raw/*.tar", "s3://labels/x"), address)
+
+
+def test_ctrl_c_ends_the_following_and_says_that_the_job_runs_on():
+    class Client:
+        async def tail_job_logs(self, job: str):
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(60)
+            yield ""
+
+    with pytest.raises(Stopped, match="no longer following job raysubmit_1, which runs on: .*ray job stop raysubmit_1"):
+        submission.follow(Client(), "raysubmit_1")
 
 
 def test_a_host_that_cannot_be_is_a_sentence():

@@ -21,7 +21,7 @@ from pipeline.cli import app
 from pipeline.errors import NotFound, StoreUnavailable
 from pipeline.examples.tars import write_tar
 from pipeline.outputs.dataset import Dataset
-from pipeline.outputs.ledger import Mark, commit_hash
+from pipeline.outputs.ledger import Mark, Standings, commit_hash
 from pipeline.storage import Store
 from pipeline.verification import verify_dataset
 from tests.support.datasets import commit_all, mark, names, part, rewrite, set_column, vouch
@@ -440,6 +440,15 @@ def test_a_store_that_is_down_is_no_damage(dataset: Dataset):
 
     with pytest.raises(StoreUnavailable):
         verify_dataset(Dataset(dataset.url, Down()))
+
+
+def test_a_shard_that_is_committed_while_the_dataset_is_listed_is_no_problem(dataset: Dataset):
+    class BetweenListings(Dataset):
+        def standing(self) -> Standings:
+            found = super().standing()
+            return Standings({}, {name: found[name].part for name in found}, {})
+
+    assert verify_dataset(BetweenListings(dataset.url, dataset.store)).ok
 
 
 def test_a_part_that_is_replaced_meanwhile_is_not_called_damaged(dataset: Dataset):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from pipeline.outputs.ledger import (
     Receipt,
     Standing,
     Step,
+    Wait,
     commit_steps,
     retire_steps,
     run_steps,
@@ -65,6 +68,7 @@ class Committed:
     predicted: int
     errors: int
     num_bytes: int
+    is_ours: bool = True  # False: another run had committed the shard meanwhile, and nothing was written
 
 
 def describe(block: pa.Table, piece: Any) -> list[Receipt]:
@@ -113,8 +117,8 @@ def commit_shard(
             return _perform(step, task, context, contents, source_fingerprint)
 
         steps = commit_steps(task.shard_id, task.fingerprint, merge.num_errors > 0, task.retires, task.replaces)
-        run_steps(steps, perform)
-        return Committed(task.number, footer.predicted, footer.errors, part.stat().st_size)
+        is_ours = run_steps(steps, perform)
+        return Committed(task.number, footer.predicted, footer.errors, part.stat().st_size, is_ours)
 
 
 def _write(path: Path, schema: pa.Schema, rows: Iterator[pa.Table], footer: Footer) -> None:
@@ -138,7 +142,7 @@ def retire_shard(dataset: Dataset, shard_id: str, shown: Standing) -> bool:
     return run_steps(retire_steps(shard_id, shown), perform)
 
 
-def _perform(
+def _perform(  # noqa: PLR0911 - a step each
     step: Step,
     task: CommitTask,
     context: CommitContext,
@@ -163,6 +167,8 @@ def _perform(
             return dataset.store.delete(dataset.path(folder, name))
         case Put(folder, name):
             return dataset.store.put(dataset.path(folder, name), contents[folder])
+        case Wait(seconds):
+            return time.sleep(random.uniform(0, seconds))  # noqa: S311 - no secret
 
 
 class Merge:

@@ -12,6 +12,7 @@ The order of writes in a commit. Each line must be safe to die after, and to be 
     5. the errors part is put (or the old one deleted) before the part
     6. the part MUST stand, and the dataset's model still be ours, before the mark is put
     7. the mark's name carries the source's fingerprint and a hash of the versions of the part and the errors part
+    8. a commit counts only if its mark is believed afterwards: two at once may each leave one, and then begin again
 
 A mark is believed only if it is its shard's single one and the versions it vouches for are those that stand there.
 Whatever else is found is done again: same rows, same names.
@@ -26,8 +27,12 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from pipeline.config import digest
+from pipeline.errors import TransientError
 
 T = TypeVar("T")
+
+ATTEMPTS = 4  # of a commit that a rival undoes
+BACK_OFF_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +143,14 @@ class Delete:
     name: str
 
 
-Step = Look | Check | Confirm | Put | Delete
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Let a rival have its turn, for a time by chance of up to so many seconds. Answer: nothing."""
+
+    seconds: float
+
+
+Step = Look | Check | Confirm | Put | Delete | Wait
 Steps = Generator[Any, Any, T]
 
 
@@ -154,13 +166,33 @@ def run_steps(steps: Steps[T], perform: Callable[[Any], Any]) -> T:
 
 
 def commit_steps(
-    shard_id: str, fingerprint: str, has_errors: bool, retires: Collection[str] = (), replaces: str | None = None
+    shard_id: str,
+    fingerprint: str,
+    has_errors: bool,
+    retires: Collection[str] = (),
+    replaces: str | None = None,
+    attempts: int = ATTEMPTS,
 ) -> Steps[bool]:
     """The steps of a commit; each is sent its answer. Returns False if the shard stood committed already.
 
     `replaces` is the `commit` of the mark that a redo was planned to replace: with any other one the shard counts as
-    committed, since a rival has redone it meanwhile.
+    committed, since a rival has redone it meanwhile. Raises TransientError where rivals undo each other's commits.
     """
+    for attempt in range(attempts):
+        if attempt:
+            yield Wait(BACK_OFF_S * 2**attempt)
+        is_written = yield from _attempt_steps(shard_id, fingerprint, has_errors, retires, replaces)
+        if not is_written:
+            return False
+        standing: Standing = yield Look(shard_id)
+        if standing.fingerprint == fingerprint:
+            return True
+    raise TransientError(f"another run commits {shard_id} at the same time. Run again.")
+
+
+def _attempt_steps(
+    shard_id: str, fingerprint: str, has_errors: bool, retires: Collection[str], replaces: str | None
+) -> Steps[bool]:
     standing: Standing = yield Look(shard_id)
     mark = standing.valid_mark
     is_done = mark is not None and mark.fingerprint == fingerprint and mark.commit != replaces

@@ -7,8 +7,10 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,9 +22,10 @@ from PIL import Image
 import pipeline
 from pipeline import driver
 from pipeline.deaths import NoNotes
-from pipeline.errors import ConfigError, ExitCode, ModelMismatch, TransientError
+from pipeline.errors import ConfigError, ExitCode, ModelMismatch, TransientError, WeightsError
 from pipeline.examples.digits import encode_png, load_digits_images
 from pipeline.examples.tars import write_tar
+from pipeline.report import Counter
 from tests.support.datasets import commit_all
 from tests.support.jobs import BROKEN, assert_exactly_once, assert_no_leftovers, digits_config, digits_tars, rows
 
@@ -47,6 +50,15 @@ def copy(first: Path, tmp_path: Path) -> Path:
     yield first
     shutil.rmtree(first)
     shutil.copytree(backup, first, copy_function=shutil.copy2)
+
+
+def test_a_run_that_waits_says_so(
+    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(driver, "SILENCE_S", 0.0)
+    assert pipeline.run(digits_config(first / "shards", tmp_path)).exit_code == ExitCode.COMPLETE
+    (said,) = [record.message for record in caplog.records if record.message.startswith("no rows after")]
+    assert "of 2 CPUs are free" in said
 
 
 def test_every_sample_is_a_row_or_an_error_row(first: Path):
@@ -167,6 +179,47 @@ def test_nothing_listed_is_an_error_unless_allowed(tmp_path: Path):
         pipeline.run(digits_config(tmp_path, tmp_path / "labels"))
     report = pipeline.run(digits_config(tmp_path, tmp_path / "labels", input={"allow_empty": True}))
     assert report.exit_code == ExitCode.COMPLETE
+
+
+@pytest.fixture
+def on_committed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """Has something happen whenever the driver hears of a commit."""
+
+    def set_action(action: Callable[[], object]) -> None:
+        original = Counter.on_committed
+
+        def patched(counter: Counter, *told: Any) -> None:
+            original(counter, *told)
+            action()
+
+        monkeypatch.setattr(Counter, "on_committed", patched)
+
+    return set_action
+
+
+def test_a_run_that_fails_after_a_commit_leaves_its_report(first: Path, tmp_path: Path, on_committed):
+    """As with weights that a node finds no more when its actor starts again."""
+    failures = [WeightsError("they are gone")]
+
+    def fail() -> None:
+        if failures:
+            raise failures.pop()
+
+    on_committed(fail)
+    with pytest.raises(WeightsError, match="they are gone"):
+        pipeline.run(digits_config(first / "shards", tmp_path / "labels"))
+    (found,) = (tmp_path / "labels/_runs").glob("*/report.json")
+    report = json.loads(found.read_text())
+    assert (report["exit_code"], report["message"]) == (ExitCode.FAILED, "they are gone")
+    assert report["shards_committed"] >= 1
+
+
+def test_what_a_writer_left_that_died_meanwhile_is_swept_away(first: Path, tmp_path: Path, on_committed):
+    left = tmp_path / "labels" / "data" / f".{'0' * 32}.tmp"
+    on_committed(lambda: left.write_bytes(b"half"))
+    pipeline.run(digits_config(first / "shards", tmp_path / "labels"))
+    assert not left.exists()
+    assert pipeline.verify(str(tmp_path / "labels")).ok
 
 
 def test_a_truncated_tar_keeps_what_was_whole(tmp_path: Path):

@@ -98,7 +98,7 @@ class OwnershipWorld:
 
 def run_of(model: str, shard: str, rule: Rule = as_it_is) -> Steps:
     if (yield from claim_steps(model, str)):
-        yield from rewritten(rule, commit_steps(shard, "source", False))
+        yield from rewritten(rule, commit_steps(shard, "source", False, attempts=1))
 
 
 def explore_runs(shards: str, claim: str | None, may_lose: bool, rule: Rule = as_it_is) -> tuple[int, set[str]]:

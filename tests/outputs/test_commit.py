@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import ModelMismatch, SourceChanged
+from pipeline.errors import ModelMismatch, SourceChanged, TransientError
 from pipeline.outputs.commit import retire_shard
 from pipeline.outputs.dataset import Dataset
 from pipeline.storage import Store
@@ -92,6 +92,35 @@ def test_what_is_committed_already_is_not_written_again(dataset: Dataset):
     before = snapshot(dataset)
     commit(dataset, [piece(BOTH, 0, range(3), errors=[1])], 3, current=lambda: pytest.fail("no need to look"))
     assert snapshot(dataset) == before
+
+
+def test_of_two_commits_at_once_one_is_believed(dataset: Dataset):
+    """One has looked before the other, which then wrote everything: of two marks none would be believed."""
+    rows = [piece(BOTH, 0, range(3))]
+    seen: list[bool] = []
+
+    def current() -> str:
+        if not seen:
+            seen.append(True)
+            assert commit(dataset, rows, 3).is_ours
+        return "1" * 16
+
+    assert commit(dataset, rows, 3, current=current).is_ours
+    assert dataset.standing()[shard_id(0)].fingerprint == "1" * 16
+    assert not commit(dataset, rows, 3).is_ours
+
+
+def test_commits_that_undo_each_other_end(dataset: Dataset):
+    class Rival(Store):
+        """Puts a mark of its own beside each of ours."""
+
+        def put(self, url: str, data: bytes | Path) -> str:
+            if "/_ledger/" in url:
+                super().put(f"{url.rpartition('.')[0].rpartition('.')[0]}.{'0' * 16}.json", data)
+            return super().put(url, data)
+
+    with pytest.raises(TransientError, match=r"another run commits 0\.tar-0+ at the same time. Run again"):
+        commit(replace(dataset, store=Rival()), [piece(BOTH, 0, range(3))], 3)
 
 
 def test_the_errors_part_goes_when_nothing_fails_this_time(dataset: Dataset):

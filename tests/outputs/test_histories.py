@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.errors import TransientError
 from pipeline.outputs.ledger import (
     Check,
     Confirm,
@@ -22,6 +23,8 @@ from pipeline.outputs.ledger import (
     Mark,
     Put,
     Standing,
+    Wait,
+    _attempt_steps,
     commit_hash,
     commit_steps,
     retire_steps,
@@ -30,6 +33,7 @@ from tests.support.histories import DIED, Explorer, Rule, Steps, Wrong, as_it_is
 
 SHARD = "a.tar-0123456789abcdef"
 NAME = f"{SHARD}.parquet"
+GAVE_UP = "gave up"
 PUT_PART, PUT_ERRORS = Put("data", NAME), Put("errors", NAME)
 
 
@@ -72,7 +76,7 @@ class Read:
 
 
 def steps_of(rows: Rows) -> Steps:
-    return commit_steps(SHARD, rows.source, rows.has_errors)
+    return commit_steps(SHARD, rows.source, rows.has_errors, attempts=1)
 
 
 class ShardWorld:
@@ -100,7 +104,7 @@ class ShardWorld:
                 return store, getattr(store, what)
             case Check():
                 return store, None if store.source == self._rows_of(actor).source else DIED
-            case Confirm():
+            case Confirm() | Wait():
                 return store, None
             case Put("_ledger", name):
                 return replace(store, marks=store.marks | {name}), "of no interest"
@@ -205,6 +209,42 @@ def test_every_history_of_two_committers(
     assert accepted >= 60
 
 
+class Settled(ShardWorld):
+    """Where the source stays as it is, and both committers have said that they are done, the shard is."""
+
+    def events(self, store: Disk) -> Iterable[Disk]:
+        return []
+
+    def perform(self, store: Disk, actor: str, step: Any, late: bool = False) -> tuple[Disk, Any]:
+        return (replace(store, source=GAVE_UP), None) if step == GAVE_UP else super().perform(store, actor, step, late)
+
+    def check(self, before: Disk, after: Disk) -> None:
+        pass
+
+    def check_end(self, store: Disk) -> None:
+        if store.source != GAVE_UP and store.standing().fingerprint != "old":
+            raise Wrong(f"both are done, but nothing is believed of {store}")
+
+
+def or_given_up(steps: Steps) -> Steps:
+    try:
+        yield from steps
+    except TransientError:
+        yield GAVE_UP
+
+
+@pytest.mark.parametrize("pair", [(OLD, OLD), (OLD, OLD_E)], ids=["the same rows", "other rows"])
+def test_two_commits_that_both_say_so_leave_one_that_is_believed(pair: tuple[Rows, Rows]):
+    rows = dict(zip("AB", pair, strict=True))
+
+    def explore(make: Callable[[Rows], Steps]) -> None:
+        Settled(rows, unique=True, make=make).explorer().explore(Disk())
+
+    explore(lambda rows: or_given_up(commit_steps(SHARD, rows.source, rows.has_errors, attempts=2)))
+    with pytest.raises(Wrong, match="both are done, but nothing is believed"):
+        explore(lambda rows: _attempt_steps(SHARD, rows.source, rows.has_errors, (), None))
+
+
 # --- Redos: a commit in the place of a valid one for the same source, as after `--retry-errors` ------------------------
 
 PLANNED = committed(OLD_E)  # what stood when a redo was planned
@@ -214,7 +254,7 @@ REDO_AND_COMMIT = list(product([OLD, OLD_E], [OLD, OLD_E, NEW, NEW_E]))
 
 
 def redo_of(rows: Rows, rule: Rule = as_it_is) -> Steps:
-    return rewritten(rule, commit_steps(SHARD, rows.source, rows.has_errors, replaces=REPLACED))
+    return rewritten(rule, commit_steps(SHARD, rows.source, rows.has_errors, replaces=REPLACED, attempts=1))
 
 
 def redo_explorers(unique: bool, rule: Rule = as_it_is, kind: type[Standing] = Standing) -> Iterable[Explorer]:
