@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
+import subprocess
+import sys
 
 import pytest
-import ray
 from ray.exceptions import AuthenticationError
 
 from pipeline import cluster
@@ -22,18 +22,28 @@ def test_a_single_node_is_here_where_the_driver_runs_on_it() -> None:
         assert (cluster.num_nodes, cluster.is_here) == (1, True)
 
 
-def test_sigterm_stops_as_ctrl_c_does_whatever_handler_ray_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(address: str) -> None:
-        signal.signal(signal.SIGTERM, lambda *_: pytest.fail("Ray's handler"))
+def test_sigterm_stops_as_ctrl_c_does_whatever_handler_ray_has() -> None:
+    """In a process of its own: where Ray is told that it is not connected and is, it connects once more and crashes."""
+    code = """
+import signal
+import ray
+from pipeline import cluster
+from pipeline.config import make_config
 
-    for name, does in (("is_initialized", lambda: False), ("nodes", list), ("shutdown", lambda: None)):
-        monkeypatch.setattr(ray, name, does)
-    monkeypatch.setattr(cluster, "_init", start)
-    monkeypatch.setattr(cluster, "_this_node", lambda: None)
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), connected(make_config(digits_config("in", "out"))):
+def start(address):
+    signal.signal(signal.SIGTERM, lambda *_: print("Ray's handler"))
+
+ray.nodes, ray.shutdown = list, lambda: print("ended")
+cluster._init, cluster._this_node = start, lambda: None
+before = signal.getsignal(signal.SIGTERM)
+try:
+    with cluster.connected(make_config({"input": {"url": "in"}, "output": {"url": "out"}})):
         signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is before
+except KeyboardInterrupt:
+    print("stopped", signal.getsignal(signal.SIGTERM) is before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split("\n") == ["ended", "stopped True", ""], done.stderr
 
 
 @pytest.mark.parametrize(
