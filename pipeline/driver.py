@@ -76,7 +76,7 @@ class Committer(Witness):
         return [receipt for place, block in enumerate(blocks) for receipt in describe(block, place)]
 
     def commit(self, decision: Commit, task: Task) -> Committed:
-        return commit_shard(
+        committed = commit_shard(
             CommitTask(
                 number=decision.shard,
                 shard_url=task.shard.url,
@@ -92,6 +92,9 @@ class Committer(Witness):
             fetch=_fetch,
             source_fingerprint=lambda: current_fingerprint(task.shard, self._source),
         )
+        # One that has died may have made the commit, and not lived to tell.
+        is_second_life = ray.get_runtime_context().was_current_actor_reconstructed
+        return replace(committed, is_ours=committed.is_ours or is_second_life)
 
 
 def _fetch(piece: Any) -> pa.Table:

@@ -34,7 +34,7 @@ from pipeline.outputs.ledger import Standing
 from pipeline.outputs.schema import Footer
 from pipeline.storage import Store, is_local, local_path
 
-PARTS_AT_ONCE = 16  # whose error classes are read, or files that are looked for
+PARTS_AT_ONCE = 16  # that are read, or files that are looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +132,8 @@ def make_plan(config: JobConfig, retry_errors: Iterable[str] | str = ()) -> Plan
 def refuse_a_selection(plan: Plan, config: JobConfig) -> None:
     """ConfigError where rows would leave the dataset of files that are still there: the input lists them no more.
 
-    A group of loose files is replaced as a whole. That its last file is still there tells a narrower `input.url` from
-    files that are gone.
+    A group of loose files is replaced as a whole. That a file is still there tells a narrower `input.url` from files
+    that are gone.
     """
     source = Store(config.input_storage)
 
@@ -185,17 +185,19 @@ def _unlisted(
     standing: Mapping[str, Standing],
     dataset: Dataset,
 ) -> list[str]:
-    """The last files of the groups that tasks replace or retire, but for those that the input has."""
-    groups = [task.shard for task in plan.tasks if task.shard.kind == "files"]
-    if not groups:
-        return []
+    """Of each group that tasks replace or retire the first and the last file that the input has no more, if any."""
     retired = {name for task in plan.tasks for name in task.retires}
-    last = {f"{group.root}/{group.last_path}" for group in vanished if group.id in retired}
-    stood = dataset.footers_of({group.id: standing[group.id] for group in groups if group.id in standing})
-    roots = {group.root for group in groups}
-    for name, footers in stood.items():
-        last |= {f"{group.root}/{group.last_path}" for group in vanished_groups(name, footers, roots)}
-    return sorted(last - {member.url for shard in shards for member in shard.members})
+    roots = {group.id: group.root for group in vanished if group.id in retired}
+    for shard in (task.shard for task in plan.tasks if task.shard.kind == "files"):
+        if shard.id in standing and _fingerprint(standing, shard.id) != shard.fingerprint:
+            roots[shard.id] = shard.root
+    if not roots:
+        return []
+    listed = {member.url for shard in shards for member in shard.members}
+    with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
+        stored = zip(roots.values(), pool.map(dataset.keys, roots), strict=True)
+        left = [sorted({f"{root}/{key}" for key in keys} - listed) for root, keys in stored]
+    return sorted({url for urls in left for url in (*urls[:1], *urls[-1:])})
 
 
 def vanished_groups(shard_id: str, footers: Iterable[Footer], roots: Iterable[str]) -> Iterator[Vanished]:

@@ -6,11 +6,12 @@ As in `backends.py`, URLs are canonical and errors are the store's own.
 from __future__ import annotations
 
 import hashlib
-import io
 import re
+import shutil
+import tempfile
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 from xml.etree import ElementTree
 
 import fsspec
@@ -128,16 +129,13 @@ class Web(Fsspec):
         # Where the server has ETags, it refuses every range of another version.
         headers = {"If-Match": tag} if tag.startswith('"') else {}
         file: IO[bytes] = self.fs.open(url, "rb", headers=headers, **_cache(read_ahead))
-        if isinstance(
-            file, HTTPStreamFile
-        ):  # the server does not say how long it is, or that it answers requests for ranges
-            data = b""
+        if isinstance(file, HTTPStreamFile):  # the server names no length, or takes no requests for ranges
+            whole = tempfile.SpooledTemporaryFile(READ_AHEAD)  # noqa: SIM115 - who opens it closes it
             with file as stream:
-                while len(data) <= READ_AHEAD and (piece := stream.read(READ_AHEAD)):
-                    data += piece
-            if len(data) > READ_AHEAD:
-                raise ConfigError(f"{redact(url)}: its server must answer range requests for files above 8 MiB.")
-            return Opened(io.BytesIO(data), _version(details), len(data))
+                shutil.copyfileobj(stream, whole)
+            size = whole.tell()
+            whole.seek(0)
+            return Opened(cast("IO[bytes]", whole), _version(details), size)
         return Opened(file, _version(details), int(details["size"] or 0))
 
 

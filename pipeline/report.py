@@ -18,7 +18,6 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.config import JobConfig
-from pipeline.config_errors import has_secret
 from pipeline.errors import ExitCode, redact
 
 if TYPE_CHECKING:
@@ -72,8 +71,11 @@ class RunReport:
 
 
 def public_config(config: JobConfig) -> dict[str, Any]:
-    """The resolved config as it may be shown: passwords and signatures are cut out of URLs."""
-    return {name: _public(value) for name, value in config.model_dump(mode="json").items()}
+    """The resolved config as it may be shown: passwords and queries are cut out of URLs. The input has no secrets, and
+    its queries are part of its shards' names."""
+    shown = {name: _public(value) for name, value in config.model_dump(mode="json").items()}
+    shown["input"]["url"] = config.input.url
+    return shown
 
 
 def _public(value: Any) -> Any:
@@ -81,7 +83,7 @@ def _public(value: Any) -> Any:
         return {name: _public(child) for name, child in value.items()}
     if isinstance(value, list):
         return [_public(child) for child in value]
-    return redact(value) if isinstance(value, str) and has_secret(value) else value
+    return redact(value) if isinstance(value, str) and "://" in value else value
 
 
 Clock = Callable[[], float]  # seconds

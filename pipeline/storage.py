@@ -87,7 +87,9 @@ def _literal(pattern: str) -> str:
 def within(folder: str, url: str) -> str:
     """A relative URL as one in this folder, of whose own name nothing is a wildcard where the URL is a pattern."""
     joined = join(folder, url)
-    if not split_pattern(url)[1] or (is_local(joined) and os.path.exists(local_path(joined))):  # noqa: PTH110
+    if folder.startswith(("http://", "https://")) or not split_pattern(url)[1]:  # a web server has no listings
+        return joined
+    if is_local(joined) and os.path.exists(local_path(joined)):  # noqa: PTH110 - false for what no path can be
         return joined
     return join(escape(folder), url)
 
@@ -102,13 +104,13 @@ def absolute(url: str) -> str:
 
 def with_absolute_urls(config: JobConfig) -> JobConfig:
     """The same job for a process that works in another folder."""
-    url = config.input.url
+    url, out = config.input.url, config.output.url
     return config.model_copy(
         update={
             "input": config.input.model_copy(
                 update={"url": absolute(url) if isinstance(url, str) else [absolute(one) for one in url]}
             ),
-            "output": config.output.model_copy(update={"url": absolute(config.output.url)}),
+            "output": config.output.model_copy(update={"url": str(local_path(out)) if is_local(out) else out}),
         }
     )
 

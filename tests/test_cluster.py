@@ -23,7 +23,7 @@ def test_a_single_node_is_here_where_the_driver_runs_on_it() -> None:
 
 
 def test_sigterm_stops_as_ctrl_c_does_whatever_handler_ray_has() -> None:
-    """In a process of its own: where Ray is told that it is not connected and is, it connects once more and crashes."""
+    """In a process of its own: a signal to that of the tests, with all that is loaded there, has crashed it."""
     code = """
 import signal
 import ray

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-import signal
+import subprocess
+import sys
 
 import pytest
 
 import pipeline
 from pipeline import submission
-from pipeline.errors import ConfigError, FatalError, Stopped
+from pipeline.errors import ConfigError, FatalError
 from tests.support.jobs import digits_config
 
 
@@ -40,14 +39,23 @@ def test_what_is_no_address_is_refused_before_ray_is_asked(address: str, monkeyp
 
 
 def test_ctrl_c_ends_the_following_and_says_that_the_job_runs_on():
-    class Client:
-        async def tail_job_logs(self, job: str):
-            os.kill(os.getpid(), signal.SIGINT)
-            await asyncio.sleep(60)
-            yield ""
+    """In a process of its own, as in `test_cluster.py`."""
+    code = """
+import asyncio, os, signal
+from pipeline import submission
 
-    with pytest.raises(Stopped, match="no longer following job raysubmit_1, which runs on: .*ray job stop raysubmit_1"):
-        submission.follow(Client(), "raysubmit_1")
+class Client:
+    async def tail_job_logs(self, job):
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(60)
+        yield ""
+
+submission.follow(Client(), "raysubmit_1")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    assert done.stderr.splitlines()[-1].startswith(
+        "pipeline.errors.Stopped: no longer following job raysubmit_1, which runs on: `ray job logs"
+    )
 
 
 def test_a_host_that_cannot_be_is_a_sentence():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -97,11 +98,12 @@ def pixel_blocks(
 ) -> Iterator[pa.Table]:
     """Decode samples into PIXELS tables of `rows_per_block` images each, error rows and markers behind them.
 
-    Blocks run across shards, so that the device always gets full batches. Only where images keep their own size do
-    blocks hold fewer, lest they exceed MAX_BLOCK_BYTES by more than one image. Error rows and markers that have
-    become many, or whose bytes have, leave without images.
+    Blocks run across shards, so that the device always gets full batches. Only where images keep their own size, or
+    stay encoded, do blocks hold fewer, lest they exceed MAX_BLOCK_BYTES by more than one image. Error rows and markers
+    that have become many, or whose bytes have, leave without images.
     """
     guard = guard or Guard()
+    limit = MAX_BLOCK_BYTES if transform.crop is None or transform.decode == "nvjpeg" else math.inf
     images = _Images(rows_per_block)
     others: list[Row] = []
     other_bytes = 0
@@ -112,7 +114,7 @@ def pixel_blocks(
             other_bytes += len(decoded.data or b"")
         else:
             images.add(row, decoded)
-        if len(images.rows) >= rows_per_block or images.num_bytes >= MAX_BLOCK_BYTES:
+        if len(images.rows) >= rows_per_block or images.num_bytes >= limit:
             yield _pixels_table(images, others)
             images, others, other_bytes = _Images(rows_per_block), [], 0
         elif len(others) >= MAX_BLOCK_MARKERS or other_bytes >= MAX_BLOCK_BYTES:
@@ -162,7 +164,7 @@ class _Images:
         array = pixels.array
         start, end = self.num_bytes, self.num_bytes + array.nbytes
         if self._memory is None:
-            room = min(self._capacity * array.nbytes, MAX_BLOCK_BYTES)
+            room = min(self._capacity * array.nbytes, MAX_BLOCK_BYTES)  # where all have that size, more may come
             self._memory = pa.allocate_buffer(max(room, end), resizable=True)
         elif end > self._memory.size:
             self._memory.resize(max(end, 2 * start))

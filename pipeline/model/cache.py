@@ -24,7 +24,6 @@ from pipeline.errors import (
     ConfigError,
     FatalError,
     PipelineError,
-    TransientError,
     WeightsError,
     clean,
     redact,
@@ -138,7 +137,7 @@ def _download(url: str, storage: Storage, path: Path, advice: str) -> str:
                     raise WeightsError(f"{redact(url)} sends more than {MAX_WEIGHTS_BYTES} bytes")
     except Exception as cause:
         error = cause if isinstance(cause, PipelineError) else translate(cause, "read", url)
-        if isinstance(error, AccessDenied | TransientError):  # later, or with other credentials, it may go well
+        if isinstance(error, AccessDenied):
             raise error from cause
         raise WeightsError(f"cannot fetch the weights: {clean(error)}. {advice}") from cause
     return hasher.hexdigest()

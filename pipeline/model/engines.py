@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -115,9 +117,14 @@ def load_engine(
     raise ConfigError(f"runtime.engine: there is no engine {name!r}. Use eager, compile, openvino or noop.")
 
 
-def num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def num_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """The cores that this process may use: a container may see all of a machine's and have the time of a few."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        granted, period = quota.read_text().split()
+        return min(cores, math.ceil(int(granted) / int(period)))
+    except (OSError, ValueError):  # no such file where there are no control groups, and `max` where there is no quota
+        return cores
 
 
 class Noop:

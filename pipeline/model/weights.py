@@ -52,7 +52,7 @@ class StateDict(dict[str, Tensor]):
 
 
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "module", "weights")
-PREFIXES = ("module.", "model.", "network.", "net.", "backbone.", "encoder.", "resnet.")
+PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.", "backbone.", "encoder.", "resnet.")
 # What torch.compile, FSDP and checkpointing put before the names of what they wrap, which may be any module inside.
 INSERTED = re.compile(r"\b_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 COUNTERS = ("num_batches_tracked", "n_averaged")
@@ -226,14 +226,13 @@ def match_keys(state: StateDict, own: Iterable[str]) -> StateDict:
 
 
 def _layers(state: StateDict) -> Iterator[StateDict]:
-    yield state
-    stripped = state.renamed(partial(INSERTED.sub, ""))
-    while len(stripped) == len(state):  # no two keys have become one
-        state = stripped
-        yield state
-        stripped = state.renamed(_without_prefix)
-        if stripped.keys() == state.keys():
-            return
+    """The state with one prefix after the other off, as it is and without what torch inserts."""
+    for begin in (state, state.renamed(partial(INSERTED.sub, ""))):
+        layer, is_new = begin, True
+        while is_new and len(layer) == len(state):  # else two keys have become one
+            yield layer
+            stripped = layer.renamed(_without_prefix)
+            layer, is_new = stripped, stripped.keys() != layer.keys()
 
 
 def _without_prefix(key: str) -> str:

@@ -128,6 +128,15 @@ class Dataset:
 
         return undisturbed(classes) or set()
 
+    def keys(self, shard_id: str) -> set[str]:
+        """The keys in a shard's part and errors part. What is gone, or not ours, has none."""
+        found: set[str] = set()
+        for folder in ("data", "errors"):
+            with suppress(NotFound, SourceChanged, *NOT_OURS), self.open_part(folder, shard_id) as file:
+                keys = pq.ParquetFile(file, pre_buffer=False, buffer_size=READ_BYTES).read(["key"], use_threads=False)
+                found |= set(keys["key"].drop_null().to_pylist())
+        return found
+
     def known_identity(self) -> Identity:
         """What `_dataset.json` says. Raises NotFound where there is no dataset."""
         found = self.identity()

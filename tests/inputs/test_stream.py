@@ -236,6 +236,14 @@ def test_images_of_their_own_sizes_are_bounded_in_bytes(monkeypatch: pytest.Monk
     assert all(block["pixels"].nbytes <= 10_000 + 30_000 + 100 for block in blocks)
 
 
+def test_images_of_one_size_fill_their_blocks_however_large_these_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is given full batches; how many images these have is settled by its memory."""
+    monkeypatch.setattr(stream, "MAX_BLOCK_BYTES", 1000)
+    blocks = list(pixel_blocks([sample(n) for n in range(20)], SQUARE, CONFIG, 8))
+    assert [images_in(block) for block in blocks] == [8, 8, 4]
+    assert blocks[0]["pixels"].nbytes > 1000
+
+
 class Counting:
     """Rows, and how many of them were taken."""
 

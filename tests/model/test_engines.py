@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import signal
 import sys
@@ -19,7 +20,7 @@ from torchvision.models import resnet18
 
 from pipeline.config import Transform
 from pipeline.errors import ConfigError
-from pipeline.model.engines import Engine, choose_engine, find_engine, load_engine
+from pipeline.model.engines import Engine, choose_engine, find_engine, load_engine, num_cores
 from pipeline.model.predictor import PredictorSettings, ResNetPredictor
 from pipeline.model.spec import ModelInfo, make_spec
 from pipeline.model.torch_engine import TorchEngine, compile_options
@@ -197,6 +198,17 @@ def test_weights_converted_once_give_what_autocast_gives(checkpoint: Path):
     plain = TorchEngine(build(spec).to(memory_format=torch.channels_last), torch.device("cpu"), torch.bfloat16)
     for found, expected in zip(converted(photographs()[:8]), plain(photographs()[:8]), strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"), [("150000 100000\n", 2), ("max 100000\n", None), ("100 100000\n", 1), (None, None)]
+)
+def test_a_containers_quota_counts(tmp_path: Path, text: str | None, cores: int | None):
+    """None: as many as it may run on."""
+    if text is not None:
+        (tmp_path / "cpu.max").write_text(text)
+    all_cores = len(os.sched_getaffinity(0))
+    assert num_cores(tmp_path / "cpu.max") == min(cores or all_cores, all_cores)
 
 
 def test_eager_uses_the_threads_that_it_is_given(load: Load):

@@ -122,7 +122,8 @@ def test_what_torch_puts_around_modules_inside_comes_off(inserted: str):
     assert any(f".{inserted}." in key for key in state)
     assert_is_the_network(saved(state))
     own = {f"a.{inserted}.weight", f"my{inserted}.weight"}
-    assert match_keys(StateDict({key: torch.ones(1) for key in own}), own).keys() == own
+    for prefix in ("", "module.", "_orig_mod.module."):
+        assert match_keys(StateDict({prefix + key: torch.ones(1) for key in own}), own).keys() == own
 
 
 class Versioned(torch.nn.Linear):
