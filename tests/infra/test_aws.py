@@ -98,6 +98,14 @@ def test_the_head_is_on_demand_and_runs_no_tasks(cluster: dict[str, Any]) -> Non
     assert 0 < gpu["max_workers"] <= cluster["max_workers"]
 
 
+def test_the_gpus_of_a_night_are_there_before_it_asks(cluster: dict[str, Any]) -> None:
+    """A run that wants cuda is refused where there is no GPU, before Ray is asked to start a node."""
+    runtime, gpu = load_config(INFRA / "kubernetes" / "nightly.yaml").runtime, cluster["available_node_types"]["gpu"]
+    assert runtime.device == "cuda"
+    assert runtime.actors == gpu["min_workers"] * gpu["resources"]["GPU"]
+    assert gpu["min_workers"] <= gpu["max_workers"]
+
+
 def test_ray_creates_no_group_key_or_role_of_its_own(cluster: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's bootstrap against stubbed clients: two look-ups, and any other call would raise."""
     aws: Any = importlib.import_module("ray.autoscaler._private.aws.config")
@@ -209,8 +217,9 @@ def test_the_job_may_read_its_input_and_write_its_output() -> None:
         # A folder that is named without a slash may be a file.
         "LookUpNamedFolder": ({"s3:GetObject"}, {f"arn:aws:s3:::{raw[0]}/{raw_prefix}"}),
     }
-    for sid, prefix in {"ListInput": raw_prefix, "ListOutput": labels_prefix}.items():
-        assert found[sid]["Condition"] == {"StringLike": {"s3:prefix": f"{prefix}/*"}}
+    prefixes = {"ListInput": [raw_prefix, f"{raw_prefix}/*"], "ListOutput": f"{labels_prefix}/*"}
+    for sid, prefix in prefixes.items():
+        assert found[sid]["Condition"] == {"StringLike": {"s3:prefix": prefix}}
 
 
 def test_the_head_may_launch_these_workers_and_nothing_else(cluster: dict[str, Any]) -> None:

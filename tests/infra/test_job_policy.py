@@ -80,10 +80,11 @@ def allowed(request: Request) -> bool:
             [value] if isinstance(value, str) else value for value in (statement["Action"], statement["Resource"])
         )
         wanted = statement.get("Condition", {}).get("StringLike", {}).get("s3:prefix", "*")
+        prefixes = [wanted] if isinstance(wanted, str) else wanted
         if (
             action in actions
             and any(fnmatchcase(f"arn:aws:s3:::{path}", resource) for resource in resources)
-            and fnmatchcase(prefix or "", wanted)
+            and any(fnmatchcase(prefix or "", wanted) for wanted in prefixes)
         ):
             return True
     return False
@@ -104,6 +105,9 @@ def test_every_request_of_a_night_is_allowed(store: Store, empty: EmptyStore) ->
         store.read(source.replace("*", "one"))
     assert {action for action, _, _ in empty.requests} == {"s3:ListBucket", *ACTIONS.values()}
     assert [request for request in empty.requests if not allowed(request)] == []
+    # Of what is not there S3 says 404 to who may list with the key as the prefix, and 403 to all others.
+    keys = [path.partition("/")[::2] for action, path, _ in empty.requests if action == "s3:GetObject"]
+    assert [key for bucket, key in keys if not allowed(("s3:ListBucket", bucket, key))] == []
 
 
 # Each call of S3 that our storage makes, and the action that it needs.
