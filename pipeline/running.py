@@ -17,7 +17,7 @@ from pipeline.config import JobConfig
 from pipeline.errors import ExitCode, NotFound, PipelineError, TransientError, clean, redact
 from pipeline.estimation import PREDICTION, is_about, score
 from pipeline.model.classes import find_file
-from pipeline.model.spec import ModelSpec
+from pipeline.model.spec import ModelSpec, with_absolute_weights
 from pipeline.outputs.commit import CommitContext
 from pipeline.outputs.dataset import Dataset, make_identity
 from pipeline.planning import Plan, make_plan, model_and_dataset, refuse_a_selection
@@ -97,11 +97,12 @@ def new_report(config: JobConfig, spec: ModelSpec, plan: Plan) -> RunReport:
 
 def _with_absolute_files(config: JobConfig, spec: ModelSpec) -> JobConfig:
     """The job with the weights and class names that its spec was made of."""
-    update = {"weights": spec.weights.reference} if spec.weights.kind == "file" else {}
+    job = with_absolute_weights(config) if spec.weights.kind == "file" else config
     names = config.model.classes
-    if isinstance(names, str) and "://" not in names:
-        update["classes"] = str(find_file(names, config.directory, "model.classes"))
-    return config.model_copy(update={"model": config.model.model_copy(update=update)})
+    if not isinstance(names, str) or "://" in names:
+        return job
+    classes = str(find_file(names, config.directory, "model.classes"))
+    return job.model_copy(update={"model": job.model.model_copy(update={"classes": classes})})
 
 
 def _execute(

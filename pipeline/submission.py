@@ -22,6 +22,7 @@ from pipeline.config_errors import has_secret
 from pipeline.errors import ConfigError, ExitCode, FatalError, Stopped, clean, redact
 from pipeline.model.classes import class_names
 from pipeline.model.source import locate
+from pipeline.model.spec import with_absolute_weights
 from pipeline.storage import with_absolute_urls
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def dashboard(address: str) -> str:
 def pack(config: JobConfig, folder: Path) -> None:
     """Put into a folder all that the job needs of this machine: config, custom network, class names, this program.
 
-    Data and weights do not travel: they are read from where the config says. Secrets don't either: the cluster has
+    Data and weights do not travel: they are read from where the config says, which a relative path of this machine
+    says no longer in the job's folder, so that it becomes absolute. Secrets don't either: the cluster has
     identities of its own. Raises ConfigError for weights whose URL holds one.
     """
     if has_secret(config.model.weights):
@@ -71,7 +73,7 @@ def pack(config: JobConfig, folder: Path) -> None:
             f"model.weights: {redact(config.model.weights)} comes with a password or a signature, which the cluster"
             " would keep in its files. Let the cluster's own identity read the weights (s3://), or leave them there."
         )
-    data = with_absolute_urls(config).model_dump(mode="json", exclude_unset=True)
+    data = with_absolute_weights(with_absolute_urls(config)).model_dump(mode="json", exclude_unset=True)
     names = class_names(config.model.classes, config.directory, config.storage)
     if names is not None:
         data["model"]["classes"] = list(names)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+import yaml
 
 import pipeline
 from pipeline import submission
+from pipeline.config import load_config, make_config
 from pipeline.errors import ConfigError, FatalError
 from tests.support.jobs import digits_config
 
@@ -36,6 +40,24 @@ def test_what_is_no_address_is_refused_before_ray_is_asked(address: str, monkeyp
     monkeypatch.setattr(submission, "_client", lambda address: pytest.fail("Ray is asked"))
     with pytest.raises(ConfigError, match="is not that of a Ray dashboard, such as http://head:8265"):
         pipeline.submit(digits_config("s3://raw/*.tar", "s3://labels/x"), address)
+
+
+def test_weights_beside_the_config_are_found_from_the_folder_of_the_job(tmp_path: Path):
+    beside = tmp_path / "net.safetensors"
+    beside.write_bytes(b"")
+    named = {"net.safetensors": str(beside), "/there/net.pth": "/there/net.pth", "s3://m/net.pth": "s3://m/net.pth"}
+    for weights, expected in named.items():
+        config = digits_config("s3://raw/*.tar", "s3://labels/x", model={"weights": weights})
+        (tmp_path / "job.yaml").write_text(yaml.safe_dump(config))
+        with TemporaryDirectory() as folder:
+            submission.pack(load_config(tmp_path / "job.yaml"), Path(folder))
+            assert load_config(Path(folder, "config.yaml")).model.weights == expected
+
+
+def test_weights_that_are_nowhere_are_not_submitted(tmp_path: Path):
+    config = digits_config("s3://raw/*.tar", "s3://labels/x", model={"weights": "net.safetensors"})
+    with pytest.raises(ConfigError, match="model.weights: there is no file"):
+        submission.pack(make_config(config), tmp_path)
 
 
 def test_ctrl_c_ends_the_following_and_says_that_the_job_runs_on():

@@ -188,6 +188,17 @@ def _weights_file(config: JobConfig) -> WeightsRef:
     return WeightsRef("file", url, found.lower())
 
 
+def with_absolute_weights(config: JobConfig) -> JobConfig:
+    """The same job for a process that works in another folder. A path that is absolute may be of another machine, so
+    that only a relative one is looked for."""
+    url = config.model.weights
+    if suffix_of(url) not in FILE_SUFFIXES or not is_local(url):
+        return config
+    is_relative = "://" not in url and not url.startswith(("/", "~"))
+    path = find_file(url, config.directory, "model.weights") if is_relative else local_path(url)
+    return config.model_copy(update={"model": config.model.model_copy(update={"weights": str(path)})})
+
+
 def _preset(model: Model) -> Transform:
     """The transform of the torchvision weights; of IMAGENET1K_V1 for weights by path; ImageNet's for custom ones."""
     if model.is_custom:
