@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+from ray.exceptions import RayError
 
 from pipeline.calibration import spread
 from pipeline.cluster import Cluster, connected
@@ -22,6 +23,7 @@ from pipeline.config import JobConfig
 from pipeline.deaths import Guard, NoNotes
 from pipeline.driver import MAX_COMMITS, num_committers
 from pipeline.estimation import FORMAT, PREDICTION, Estimate, Measured, estimate
+from pipeline.failures import readable
 from pipeline.inputs.shards import Shard
 from pipeline.inputs.stream import pixel_blocks, read_rows
 from pipeline.model.predictor import ResNetPredictor
@@ -39,6 +41,7 @@ log = logging.getLogger(__name__)
 
 IMAGES_PER_TASK = 150
 MAX_TASKS = 16
+MAX_BYTES = 256 * 2**20  # of pixels, of all tasks together, where images keep their own size; a block more of each
 MEMBER_BYTES = 1024  # of a tar beside a member's content: its header, and what fills up its last block
 COUNTED_BYTES = 32 * 2**20
 PREDICT_SECONDS = 2.0
@@ -60,11 +63,12 @@ def estimate_plan(
     config: JobConfig, spec: ModelSpec, dataset: Dataset, plan: Plan, price_per_hour: float | None
 ) -> Estimate | None:
     """What the plan's shards will take. Left in the dataset, where the run that follows finds it. None, and a warning,
-    where there is no image to measure with."""
+    where there is nothing to measure with."""
     measured = measure(config, spec, dataset, plan)
     if measured is None:
         log.warning(
-            "there is no estimate: no image of the sample can be read and decoded. Look at input.format and input.url"
+            "there is no estimate: no image of the sample can be read and decoded, or its store tells no sizes."
+            " Look at input.format and input.url"
         )
         return None
     found = estimate(measured, [task.shard.size for task in plan.tasks], price_per_hour)
@@ -73,25 +77,27 @@ def estimate_plan(
 
 
 def measure(config: JobConfig, spec: ModelSpec, dataset: Dataset, plan: Plan) -> Measured | None:
-    """Figures of a sample of the plan's shards; None where no image of it can be read and decoded. Raises what keeps
-    the model from being built."""
+    """Figures of a sample of the plan's shards; None where no image of it can be read and decoded, or no shard has a
+    known size, which a web server need not tell. Raises what keeps the model from being built, and what ends a worker.
+    """
     begun = time.monotonic()
     shards = [task.shard for task in plan.tasks]
     with connected(config) as cluster:
         job = prepare(config, spec, cluster, shards)
         decoding, chosen = ray.remote(num_cpus=decode_cpus(cluster, job.shares_cores))(_read_and_decode), spread(shards)
-        wait_for(decoding.remote(chosen[:1], job, 1))  # what is imported and connected only once
+        _answer(decoding.remote(chosen[:1], job, 1, MAX_BYTES))  # what is imported and connected only once
         started = time.monotonic()
         decoded = _decode(decoding, chosen, job, cluster)
         images, read = (sum(column) for column in zip(*((d.images, d.read) for d in decoded), strict=True))
-        if not images:
+        num_bytes = sum(found.num_bytes for found in decoded)
+        if not images or not num_bytes or not sum(shard.size for shard in shards):
             return None
         network_s, row_bytes, load_s = _predict([found.block for found in decoded], job)
         put_s = _put_seconds(dataset, row_bytes * _images_per_shard(shards, decoded))
         spent = sum((found.spent for found in decoded), Spent())
         return Measured(
             images=sum(found.images for found in decoded[: len(chosen)]),  # the others read the first shard again
-            bytes_per_image=sum(found.num_bytes for found in decoded) / read,
+            bytes_per_image=num_bytes / read,
             read_wait_s=spent.read_wait_s / read,
             read_cpu_s=spent.read_cpu_s / read,
             decode_cpu_s=spent.decode_cpu_s / images,
@@ -110,6 +116,14 @@ def measure(config: JobConfig, spec: ModelSpec, dataset: Dataset, plan: Plan) ->
         )
 
 
+def _answer(task: Any) -> Any:
+    """What a task returns. Raises an error of ours for whatever it raised, or its worker died of."""
+    try:
+        return wait_for(task)
+    except RayError as cause:
+        raise readable(cause) from cause
+
+
 def _images_per_shard(shards: Sequence[Shard], decoded: Sequence[Decoded]) -> float:
     per_byte = sum(found.read for found in decoded) / sum(found.num_bytes for found in decoded)
     return sum(shard.size for shard in shards) * per_byte / len(shards)
@@ -119,8 +133,8 @@ def _decode(decoding: Any, chosen: Sequence[Shard], job: Job, cluster: Cluster) 
     """Read and decode on all cores at once, as a run does."""
     tasks = min(cluster.num_cpus, MAX_TASKS)
     shares = [chosen[start::tasks] or chosen[:1] for start in range(tasks)]
-    answers = [decoding.remote(share, job, IMAGES_PER_TASK) for share in shares]
-    return [wait_for(answer) for answer in answers]
+    answers = [decoding.remote(share, job, IMAGES_PER_TASK, MAX_BYTES // tasks) for share in shares]
+    return [_answer(answer) for answer in answers]
 
 
 class _Kept(NoNotes):
@@ -133,32 +147,41 @@ class _Kept(NoNotes):
         self.spent += spent
 
 
-def _read_and_decode(shards: Sequence[Shard], job: Job, images: int) -> Decoded:
-    """The first images of these shards, about as many of each; of the first shard more are read, to count them."""
+def _read_and_decode(shards: Sequence[Shard], job: Job, images: int, max_bytes: int) -> Decoded:
+    """The first images of these shards, about as many of each; of the first shard more are read, to count them. None is
+    decoded any more once the pixels exceed `max_bytes`."""
     notes = _Kept()
     guard = Guard(notes, "sample")
     store = Store(job.config.input_storage)
     sizes: list[float] = []
     read: list[int] = []
+    wanted = images / len(shards)
+    kinds = pa.array([Kind.SAMPLE, Kind.ENCODED], pa.uint8())
+    samples: list[pa.Table] = []
+
+    def is_full() -> bool:
+        num_bytes: int = sum(block.nbytes for block in samples)
+        return num_bytes > max_bytes
 
     def rows() -> Iterator[Row]:
         for number, shard in enumerate(shards):
+            if is_full():
+                return
             lengths: list[int] = []
             for row in read_rows(number, shard, job.config.input, store, guard):
                 if row.kind is Kind.SAMPLE:
                     lengths.append(len(row.data or b""))
-                    if len(lengths) <= images / len(shards):
+                    if len(lengths) <= wanted and not is_full():
                         yield row
-                if len(lengths) >= images / len(shards) and (number or sum(lengths) >= COUNTED_BYTES):
+                if (len(lengths) >= wanted or is_full()) and (number or sum(lengths) >= COUNTED_BYTES):
                     break
             is_whole = row.kind is Kind.END
             extra = MEMBER_BYTES * len(lengths) if shard.kind == "webdataset" else 0
             sizes.append(shard.size if is_whole else sum(lengths) + extra)
             read.append(len(lengths))
 
-    blocks = list(guard.watch(pixel_blocks(rows(), job.info.transform, job.config.input, images, guard)))
-    kinds = pa.array([Kind.SAMPLE, Kind.ENCODED], pa.uint8())
-    samples = [block.filter(pc.is_in(block["kind"], kinds)) for block in blocks]
+    for found in guard.watch(pixel_blocks(rows(), job.info.transform, job.config.input, images, guard)):
+        samples.append(found.filter(pc.is_in(found["kind"], kinds)))
     block = pa.concat_tables(samples) if samples else PIXELS.empty_table()
     return Decoded(block.num_rows, sum(read), sum(sizes), notes.spent, block)
 
@@ -166,7 +189,7 @@ def _read_and_decode(shards: Sequence[Shard], job: Job, images: int) -> Decoded:
 def _predict(blocks: list[pa.Table], job: Job) -> tuple[float, float, float]:
     """Seconds per image of one device, bytes of a row in a part, and seconds to load the network."""
     predicting = ray.remote(num_cpus=PREDICT_CPUS, num_gpus=job.num_gpus)(_time_predictor)
-    answer: tuple[float, float, float] = wait_for(predicting.remote(blocks, job))
+    answer: tuple[float, float, float] = _answer(predicting.remote(blocks, job))
     return answer
 
 
@@ -176,11 +199,21 @@ def _time_predictor(blocks: list[pa.Table], job: Job) -> tuple[float, float, flo
     block = pa.concat_tables(blocks)
     pieces = predictor(block)
     loaded = time.perf_counter()
+    rows, filled = full_batches(block.num_rows, job.settings.batch_size)
+    filled = filled if job.info.input_size is not None else 1.0  # else a batch of each size is padded, as in a run
     images = 0
     while images == 0 or time.perf_counter() - loaded < PREDICT_SECONDS:
-        images += predictor(block).num_rows
+        images += predictor(block.slice(0, rows)).num_rows
     seconds = time.perf_counter() - loaded
-    return seconds / images, _row_bytes(pieces, job), loaded - begun
+    return seconds / images * filled, _row_bytes(pieces, job), loaded - begun
+
+
+def full_batches(images: int, batch_size: int) -> tuple[int, float]:
+    """How many of these images to time the network with, and the share of a batch that they fill if they fill none.
+
+    What pads a batch takes as long as images do, and a run has hardly any.
+    """
+    return (images // batch_size * batch_size, 1.0) if images >= batch_size else (images, images / batch_size)
 
 
 def _row_bytes(pieces: pa.Table, job: Job) -> float:

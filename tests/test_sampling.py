@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import pipeline
+from pipeline import sampling
+from pipeline.config import make_config
+from pipeline.errors import Stopped
 from pipeline.examples.tars import write_tar
+from pipeline.inputs import stream
+from pipeline.model.predictor import PredictorSettings, ResNetPredictor
+from pipeline.model.spec import result_columns
+from pipeline.model.zoo import resolve
+from pipeline.planning import Plan, make_plan, model_and_dataset
+from pipeline.preparation import Job
 from tests.support.jobs import BROKEN, NOOP, digits_config, digits_tars
 
 
@@ -31,3 +45,99 @@ def test_without_an_image_there_is_the_plan_alone(
         assert pipeline.plan(config, estimate=True) == pipeline.plan(config)
     assert "there is no estimate: no image of the sample can be read and decoded" in caplog.text
     assert not (tmp_path / "labels").exists()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(("sizes", "sampled"), [((0, 0, 0), 3), ((0, 1000, 1000), 1)])
+def test_without_sizes_there_is_the_plan_alone(
+    sizes: tuple[int, ...], sampled: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a web server that sends no Content-Length. Of three shards, the third is not read to its end."""
+    digits_tars(tmp_path / "shards", 3, 80)
+    config = make_config(digits_config(tmp_path / "shards", tmp_path / "labels", **NOOP))
+    tasks = make_plan(config).tasks
+    plan = Plan([replace(task, shard=replace(task.shard, size=n)) for task, n in zip(tasks, sizes, strict=True)])
+    monkeypatch.setattr(sampling, "spread", lambda shards: shards[:sampled])
+    assert sampling.estimate_plan(config, *model_and_dataset(config), plan, None) is None
+
+
+def _dies(*_: Any) -> None:
+    os._exit(1)
+
+
+def _fails(*_: Any) -> None:
+    raise ValueError("too odd")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    ("step", "what_it_does", "sentence"),
+    [
+        ("_read_and_decode", _dies, "a worker died. Often that is for want of memory"),
+        ("_time_predictor", _fails, "a worker failed with ValueError: too odd. --debug shows where"),
+    ],
+)
+def test_a_worker_that_fails_is_a_sentence(
+    step: str, what_it_does: Callable[..., None], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digits_tars(tmp_path / "shards", 1, 3)
+    monkeypatch.setattr(sampling, step, what_it_does)
+    with pytest.raises(Stopped, match=sentence):
+        pipeline.plan(digits_config(tmp_path / "shards", tmp_path / "labels", **NOOP), estimate=True)
+
+
+def job_of(folder: Path, **sections: Any) -> Job:
+    config = make_config(digits_config(folder, folder / "labels", **NOOP | sections))
+    spec, _ = model_and_dataset(config)
+    info = resolve(spec)
+    settings = PredictorSettings("noop", "cpu", 8, 1, result_columns(config.output, info))
+    return Job(config, spec, info, settings, 1, 0)
+
+
+def test_images_of_their_own_size_are_taken_until_they_fill_the_share_of_a_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block holds one image here. All are still counted, for the bytes of an image."""
+    digits_tars(tmp_path, 2, 10, scale=4)
+    transform = {"resize": None, "crop": None}
+    job = job_of(tmp_path, model={"name": "resnet18", "weights": "random", "transform": transform})
+    monkeypatch.setattr(stream, "MAX_BLOCK_BYTES", 1)
+    shards = [task.shard for task in make_plan(job.config).tasks]
+    pixels = 32 * 32 * 3
+    unbounded = sampling._read_and_decode(shards, job, 20, 100 * pixels)
+    found = sampling._read_and_decode(shards, job, 20, 3 * pixels)
+    assert (unbounded.images, unbounded.read) == (20, 20)
+    assert (found.images, found.block.num_rows, found.read) == (3, 3, 10)
+    assert found.num_bytes == shards[0].size
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "timed"), [(300, 128, (256, 1.0)), (128, 128, (128, 1.0)), (32, 128, (32, 0.25))]
+)
+def test_the_network_is_timed_without_padding(images: int, batch_size: int, timed: tuple[int, float]) -> None:
+    assert sampling.full_batches(images, batch_size) == timed
+
+
+@pytest.mark.parametrize(
+    ("images", "crop", "timed", "seconds"), [(19, 32, 16, 0.2 / 16), (2, 32, 2, 0.2 / 8), (2, None, 2, 0.2 / 2)]
+)
+def test_seconds_per_image_are_those_of_full_batches(
+    images: int, crop: int | None, timed: int, seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a network that takes 0.2 s, with batches of 8. Images of their own size are in batches of their own as well."""
+    digits_tars(tmp_path, 1, images)
+    job = job_of(tmp_path, model={"name": "resnet18", "weights": "random", "transform": {"resize": 32, "crop": crop}})
+    shards = [task.shard for task in make_plan(job.config).tasks]
+    predicted: list[int] = []
+
+    class Slow(ResNetPredictor):
+        def __call__(self, block: Any) -> Any:
+            predicted.append(block.num_rows)
+            time.sleep(0.2)
+            return super().__call__(block)
+
+    monkeypatch.setattr(sampling, "ResNetPredictor", Slow)
+    monkeypatch.setattr(sampling, "PREDICT_SECONDS", 0.0)
+    found = sampling._time_predictor([sampling._read_and_decode(shards, job, images, 10**9).block], job)
+    assert predicted == [images, timed]
+    assert seconds <= found[0] < 1.8 * seconds
