@@ -84,6 +84,11 @@ def _literal(pattern: str) -> str:
     return ESCAPED.sub(r"\1", pattern)
 
 
+def is_relative(url: str) -> bool:
+    """Whether a URL, or a line of a list, is a path that starts at some folder."""
+    return "://" not in url and not url.startswith(("/", "~"))
+
+
 def within(folder: str, url: str) -> str:
     """A relative URL as one in this folder, of whose own name nothing is a wildcard where the URL is a pattern."""
     joined = join(folder, url)
@@ -98,8 +103,7 @@ def absolute(url: str) -> str:
     """The same URL for a process that works in another folder."""
     if not is_local(url):
         return url
-    is_relative = "://" not in url and not url.startswith(("/", "~"))
-    return within(str(Path.cwd()), url) if is_relative and split_pattern(url)[1] else str(local_path(url))
+    return within(str(Path.cwd()), url) if is_relative(url) and split_pattern(url)[1] else str(local_path(url))
 
 
 def with_absolute_urls(config: JobConfig) -> JobConfig:

@@ -21,7 +21,18 @@ from typing import Literal
 from pipeline.config import Input, digest
 from pipeline.config_errors import has_secret
 from pipeline.errors import ConfigError, NotFound, SourceChanged, redact
-from pipeline.storage import FileInfo, Store, absolute, canonical, is_local, join, local_path, split_pattern, within
+from pipeline.storage import (
+    FileInfo,
+    Store,
+    absolute,
+    canonical,
+    is_local,
+    is_relative,
+    join,
+    local_path,
+    split_pattern,
+    within,
+)
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +214,7 @@ def _expand_lists(urls: Iterable[str], store: Store, empty: list[str]) -> Iterat
                     " would be written into the dataset. Leave it out, and let the environment hold what the store"
                     " asks for."
                 )
-            named = line if "://" in line or line.startswith(("/", "~")) else within(folder, line)
+            named = within(folder, line) if is_relative(line) else line
             if is_local(named) and not is_local(url):
                 raise ConfigError(
                     f"input.url: the list {redact(url)} is not on this machine, but names a file that is: {named}. Name"

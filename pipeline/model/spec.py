@@ -14,7 +14,7 @@ from pipeline.model.catalog import ARCHITECTURES, NUM_IMAGENET_CLASSES, architec
 from pipeline.model.classes import check_count, class_names, find_file
 from pipeline.model.source import Source, locate
 from pipeline.rows import Columns
-from pipeline.storage import is_local, local_path
+from pipeline.storage import is_local, is_relative, local_path
 
 FILE_SUFFIXES = (".pth", ".pt", ".th", ".ckpt", ".bin", ".tar", ".safetensors")  # .pth.tar among them
 
@@ -194,8 +194,7 @@ def with_absolute_weights(config: JobConfig) -> JobConfig:
     url = config.model.weights
     if suffix_of(url) not in FILE_SUFFIXES or not is_local(url):
         return config
-    is_relative = "://" not in url and not url.startswith(("/", "~"))
-    path = find_file(url, config.directory, "model.weights") if is_relative else local_path(url)
+    path = find_file(url, config.directory, "model.weights") if is_relative(url) else local_path(url)
     return config.model_copy(update={"model": config.model.model_copy(update={"weights": str(path)})})
 
 
