@@ -39,7 +39,7 @@ from pipeline.config import Input, make_config
 from pipeline.examples.tars import write_tar
 from pipeline.inputs.shards import discover
 from pipeline.outputs.commit import describe
-from pipeline.outputs.ledger import Progress
+from pipeline.outputs.progress import Progress
 from pipeline.planning import make_plan
 from pipeline.rows import Kind
 from pipeline.storage import Store
@@ -267,6 +267,8 @@ def tar(photographs: Path, gigabytes: float = 5.0, quarters: int = 4) -> None:
 def write_large(path: Path, photographs: Path, size: int) -> int:
     """A tar of this size (bytes), the photographs repeated; how many there are in it."""
     files = sorted(file for file in photographs.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg"))
+    if not files:
+        raise SystemExit(f"there are no JPEGs in {photographs}")
     contents = cycle([file.read_bytes() for file in files[:500]])
     written = count = 0
     with tarfile.open(path, "w") as target:

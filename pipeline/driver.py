@@ -29,7 +29,7 @@ from pipeline.errors import ModelMismatch, PipelineError, Stopped, StoreFull, Tr
 from pipeline.failures import readable
 from pipeline.inputs.shards import current_fingerprint
 from pipeline.outputs.commit import CommitContext, CommitTask, Committed, commit_shard, describe
-from pipeline.outputs.ledger import Abandon, Commit, Decision, Progress, Receipt
+from pipeline.outputs.progress import Abandon, Commit, Decision, Progress, Receipt
 from pipeline.outputs.workspace import sweep_workspaces
 from pipeline.planning import Task
 from pipeline.storage import Store

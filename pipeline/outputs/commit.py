@@ -22,7 +22,6 @@ from pipeline.outputs.ledger import (
     Delete,
     Look,
     Put,
-    Receipt,
     Standing,
     Step,
     Wait,
@@ -30,6 +29,7 @@ from pipeline.outputs.ledger import (
     retire_steps,
     run_steps,
 )
+from pipeline.outputs.progress import Receipt
 from pipeline.outputs.schema import ROWS_PER_GROUP, Footer, errors_schema, part_schema, write_parquet
 from pipeline.outputs.workspace import workspace
 from pipeline.rows import Columns, Kind
