@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import pyarrow as pa
 from pipeline.config import JobConfig, load_config, make_config
 from pipeline.error_classes import choose_classes
 from pipeline.errors import ConfigError
-from pipeline.storage import Store
+from pipeline.storage import Store, with_absolute_urls
 
 if TYPE_CHECKING:
     from pipeline.error_rows import DeadLetters
@@ -31,9 +32,10 @@ Config = JobConfig | Mapping[str, Any] | str | Path
 
 
 def _load(config: Config) -> JobConfig:
-    if isinstance(config, JobConfig):
-        return config
-    return make_config(config) if isinstance(config, Mapping) else load_config(config)
+    """The job, whatever folder its workers stand in."""
+    if not isinstance(config, JobConfig):
+        config = make_config(config) if isinstance(config, Mapping) else load_config(config)
+    return with_absolute_urls(config)
 
 
 def _dataset(url: str | Path, config: Config | None) -> tuple[Dataset, JobConfig | None]:
@@ -76,6 +78,8 @@ def plan(
 
     if price_per_hour is not None and not estimate:
         raise ConfigError("a price without an estimate says nothing: ask for the estimate as well (--estimate).")
+    if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
+        raise ConfigError(f"a price is a number that is not negative; got {price_per_hour}.")
     job = _load(config)
     spec, dataset = model_and_dataset(job)  # a run would be refused for another model's dataset
     found = make_plan(job, retry_errors)

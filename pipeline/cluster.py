@@ -104,7 +104,7 @@ def _connection(config: JobConfig) -> Iterator[Cluster]:
         OURS.users += ours
     try:
         cluster = describe(ray.nodes(), _this_node())
-        if cluster.num_nodes > 1:
+        if not cluster.is_here:
             _refuse_local_paths(config)
         yield cluster
     finally:
@@ -165,7 +165,11 @@ def _init(address: str) -> None:
         try:
             with nullcontext() if _is_reached(address) else on_loopback():
                 ray.init(address, logging_level=logging.WARNING)
-        except OSError as cause:
+        except ValueError as cause:
+            raise ConfigError(
+                f"runtime.address: {address!r} is none: {clean(cause)}. Give host:port, ray://host:port, auto or local."
+            ) from cause
+        except (OSError, ray.exceptions.AuthenticationError) as cause:
             raise FatalError(f"runtime.address: cannot connect to {address}: {clean(cause)}.") from cause
 
 
@@ -268,6 +272,6 @@ def _refuse_local_paths(config: JobConfig) -> None:
     for key, url, storage in places:
         if is_local(url) and not storage.shared:
             raise ConfigError(
-                f"{key}: {url} is a path on one machine, and this cluster has several. Use a bucket, or set"
+                f"{key}: {url} is a path on one machine, and this cluster has others. Use a bucket, or set"
                 " storage.shared=true if every node sees the same folder there."
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from pipeline.outputs.dataset import Dataset
 from pipeline.outputs.schema import Footer
 from pipeline.overview import last_config, listed_shards
 
-MAX_PARTS = 8  # that the sampled rows come from
+MAX_PARTS = 8  # that the sampled rows come from, where these have enough
 MIN_COSINE = 0.99  # of the centred embeddings of another engine or processor
 MIN_MARGIN = 1e-3  # between the first two scores: closer, and another processor may well decide otherwise
 
@@ -52,7 +53,7 @@ def recompute(dataset: Dataset, footers: Mapping[str, Footer], sample: int, conf
             f"{len(footers) - len(there)} of {len(footers)} shards are no longer in the input as they were committed:"
             " their rows were not recomputed"
         )
-    rows, mean = _pick(dataset, [name for name in there if footers[name].predicted], sample)
+    rows, mean = _pick(dataset, shares({name: footers[name].predicted for name in there}, sample))
     if rows:
         _compare(rows, mean, {shards[name].url: shards[name] for name in there}, config, spec, result)
     elif any(footer.predicted for footer in footers.values()):
@@ -74,24 +75,38 @@ def _last_config(dataset: Dataset) -> tuple[JobConfig, ModelSpec]:
         raise ConfigError(f"--sample takes the config of the last run. {cause} Give --config.") from cause
 
 
-def _pick(dataset: Dataset, names: list[str], sample: int) -> tuple[list[dict[str, Any]], np.ndarray | None]:
-    """Random rows of a few random parts, and the mean embedding (D,) of the row groups that they come from."""
-    chosen = random.sample(names, min(MAX_PARTS, sample, len(names)))
+def shares(counts: Mapping[str, int], sample: int) -> dict[str, int]:
+    """How many rows of which shards are to be drawn, of the rows that each has: `sample` in all, or all there are. They
+    are spread over some shards that chance chooses, as evenly as these allow."""
+    chosen: list[str] = []
+    for name in random.sample(sorted(counts), len(counts)):
+        if len(chosen) >= min(MAX_PARTS, sample) and sum(counts[one] for one in chosen) >= sample:
+            break
+        chosen.append(name)
+    found: dict[str, int] = {}
+    for left, name in zip(range(len(chosen), 0, -1), sorted(chosen, key=counts.__getitem__), strict=True):
+        found[name] = min(-(-(sample - sum(found.values())) // left), counts[name])
+    return {name: share for name, share in found.items() if share}
+
+
+def _pick(dataset: Dataset, wanted: Mapping[str, int]) -> tuple[list[dict[str, Any]], np.ndarray | None]:
+    """So many random rows of these parts, and the mean embedding (D,) of the row groups that they come from."""
     rows: list[dict[str, Any]] = []
     total, count = None, 0
-    for left, name in zip(range(len(chosen), 0, -1), chosen, strict=True):
-        try:
-            with dataset.open_part("data", name) as file:
-                parquet = pq.ParquetFile(file)
-                group = parquet.read_row_group(random.sample(range(parquet.num_row_groups), 1)[0])
-        except (NotFound, SourceChanged):  # a run replaces it: others are enough
-            continue
-        wanted = min(-(-(sample - len(rows)) // left), group.num_rows)
-        rows.extend(group.take(sorted(random.sample(range(group.num_rows), wanted))).to_pylist())
-        if "embedding" in group.column_names:
-            values = group["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            summed = values.reshape(group.num_rows, -1).sum(axis=0, dtype=np.float64)
-            total, count = summed if total is None else total + summed, count + group.num_rows
+    for name, share in wanted.items():
+        with suppress(NotFound, SourceChanged), dataset.open_part("data", name) as file:  # else a run replaces it
+            parquet, left = pq.ParquetFile(file), share
+            for number in random.sample(range(parquet.num_row_groups), parquet.num_row_groups):
+                group = parquet.read_row_group(number)
+                chosen = random.sample(range(group.num_rows), min(left, group.num_rows))
+                rows.extend(group.take(sorted(chosen)).to_pylist())
+                left -= len(chosen)
+                if "embedding" in group.column_names:
+                    values = group["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+                    summed = values.reshape(group.num_rows, -1).sum(axis=0, dtype=np.float64)
+                    total, count = summed if total is None else total + summed, count + group.num_rows
+                if not left:
+                    break
     return rows, None if total is None else total / count
 
 

@@ -22,7 +22,6 @@ from pipeline.outputs.commit import CommitContext
 from pipeline.outputs.dataset import Dataset, make_identity
 from pipeline.planning import Plan, make_plan, model_and_dataset, refuse_a_selection
 from pipeline.report import RunReport, public_config, watching
-from pipeline.storage import with_absolute_urls
 from pipeline.verdict import judge
 
 log = logging.getLogger(__name__)
@@ -90,7 +89,7 @@ def new_report(config: JobConfig, spec: ModelSpec, plan: Plan) -> RunReport:
         shards_done_before=len(plan.done),
         shards_gone=len(plan.gone),
         started_at=now.isoformat(timespec="seconds"),
-        config=public_config(_with_absolute_files(with_absolute_urls(config), spec)),
+        config=public_config(_with_absolute_files(config, spec)),
         network_folder=spec.source.found_in if spec.source is not None and spec.source.files else "",
     )
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,6 @@ from pipeline.errors import ConfigError, ExitCode, FatalError, Stopped, clean, r
 from pipeline.model.classes import class_names
 from pipeline.model.source import locate
 from pipeline.model.spec import with_absolute_weights
-from pipeline.storage import with_absolute_urls
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -37,8 +37,8 @@ INTERPOLATION = re.compile(r"(\\*)\$\{")
 def submit_job(config: JobConfig, address: str, wait: bool, submission_id: str | None) -> int | str:
     """See `pipeline.api.submit`. A submission id that the cluster knows already is followed, not started again."""
     address = dashboard(address)
-    client = _client(address)
-    with tempfile.TemporaryDirectory(prefix="resnet-batch-") as folder:
+    with tempfile.TemporaryDirectory(prefix="resnet-batch-") as folder, _answering(address):
+        client = _client(address)
         pack(config, Path(folder))
         job = submission_id if submission_id and _is_known(client, submission_id) else None
         if job is None:
@@ -73,7 +73,7 @@ def pack(config: JobConfig, folder: Path) -> None:
             f"model.weights: {redact(config.model.weights)} comes with a password or a signature, which the cluster"
             " would keep in its files. Let the cluster's own identity read the weights (s3://), or leave them there."
         )
-    data = with_absolute_weights(with_absolute_urls(config)).model_dump(mode="json", exclude_unset=True)
+    data = with_absolute_weights(config).model_dump(mode="json", exclude_unset=True)
     names = class_names(config.model.classes, config.directory, config.storage)
     if names is not None:
         data["model"]["classes"] = list(names)
@@ -112,38 +112,40 @@ def follow(client: JobSubmissionClient, job: str) -> int:
     """Print the job's log as it comes; its exit code at the end.
 
     Runs in a thread with an event loop of its own, since a notebook cell is inside a running one. A stopped job has
-    no exit code; what it committed stays, so it counts as incomplete.
+    no exit code; what it committed stays, so it counts as incomplete. Raises Stopped where the job runs on unfollowed.
     """
-    failure: list[BaseException] = []
+    ended: Future[Any] = Future()
 
     def tail() -> None:
         try:
-            asyncio.run(_tail(client, job))
-        except RuntimeError as error:
-            failure.append(error)
+            ended.set_result(asyncio.run(_tail(client, job)))
+        except BaseException as error:  # noqa: BLE001 - raised again by `result`
+            ended.set_exception(error)
 
-    thread = threading.Thread(target=tail, daemon=True)
-    thread.start()
+    threading.Thread(target=tail, daemon=True).start()
     try:
-        thread.join()
+        info = ended.result()
     except KeyboardInterrupt:
         raise Stopped(
             f"no longer following job {job}, which runs on: `ray job logs --follow {job}`, `ray job stop {job}`."
         ) from None
-    if failure:
-        raise FatalError(f"lost the log of job {job}: {failure[0]}. It may run on: `ray job logs --follow {job}`.")
-    info: Any = client.get_job_info(job)
-    if info.driver_exit_code is not None:
+    except _dropped() as cause:
+        raise Stopped(
+            f"lost the log of job {job}: {clean(cause)}. It may run on: `ray job logs --follow {job}`."
+        ) from cause
+    if info.driver_exit_code in list(ExitCode):
         return int(info.driver_exit_code)
-    stopped = str(info.status) == "STOPPED"
+    # Without an exit code it never ran, or was stopped; with another one its driver was killed.
+    is_resumable = str(info.status) == "STOPPED" or info.driver_exit_code is not None
     print(f"job {job} {str(info.status).lower()}: {info.message}", file=sys.stderr)
-    return int(ExitCode.INCOMPLETE if stopped else ExitCode.FAILED)
+    return int(ExitCode.INCOMPLETE if is_resumable else ExitCode.FAILED)
 
 
-async def _tail(client: JobSubmissionClient, job: str) -> None:
-    """A connection that drops is opened again; what was shown is skipped."""
-    shown = 0
-    for attempt in range(RECONNECTS + 1):
+async def _tail(client: JobSubmissionClient, job: str) -> Any:
+    """What is known of the job once it has ended. A connection that drops is opened again; what was shown is
+    skipped."""
+    shown = failures = 0
+    while True:
         seen = 0
         try:
             async for text in client.tail_job_logs(job):
@@ -151,13 +153,23 @@ async def _tail(client: JobSubmissionClient, job: str) -> None:
                 seen += len(text)
                 if fresh:
                     print(fresh, end="", flush=True)
-                    shown = seen
-        except RuntimeError:
-            if attempt == RECONNECTS:
+                    shown, failures = seen, 0
+            info: Any = client.get_job_info(job)
+            if info.status.is_terminal():
+                return info
+            raise ConnectionError("the connection was closed before the job's end")
+        except _dropped():
+            failures += 1
+            if failures > RECONNECTS:
                 raise
-            await asyncio.sleep(2**attempt)
-        else:
-            return
+            await asyncio.sleep(2 ** (failures - 1))
+
+
+def _dropped() -> tuple[type[Exception], ...]:
+    """What a connection to a dashboard that goes away raises."""
+    from aiohttp import ClientError
+
+    return RuntimeError, OSError, ClientError
 
 
 def _client(address: str) -> JobSubmissionClient:
@@ -166,13 +178,21 @@ def _client(address: str) -> JobSubmissionClient:
     token = _token()
     headers = {"Authorization": f"Bearer {token}"} if token else None
     with _without("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # they would override the address that was asked for
-        try:
-            return JobSubmissionClient(address, headers=headers)
-        except (OSError, RuntimeError, ValueError) as cause:
-            raise FatalError(
-                f"cannot reach the Ray dashboard at {redact(address)}: {clean(cause)}. Check the address (often a"
-                " port-forward to 8265), and the token in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."
-            ) from cause
+        return JobSubmissionClient(address, headers=headers)
+
+
+@contextmanager
+def _answering(address: str) -> Iterator[None]:
+    """A sentence for whatever keeps a dashboard from taking a job."""
+    from ray.exceptions import AuthenticationError
+
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, AuthenticationError) as cause:
+        raise FatalError(
+            f"cannot submit to the Ray dashboard at {redact(address)}: {clean(cause)}. Check the address (often a"
+            " port-forward to 8265), and the token in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."
+        ) from cause
 
 
 def _token() -> str | None:

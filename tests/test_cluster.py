@@ -12,7 +12,7 @@ from ray.exceptions import AuthenticationError
 from pipeline import cluster
 from pipeline.cluster import Cluster, _environment, connected, describe
 from pipeline.config import make_config
-from pipeline.errors import FatalError
+from pipeline.errors import ConfigError, FatalError
 from tests.support.jobs import digits_config
 
 
@@ -37,7 +37,7 @@ ray.nodes, ray.shutdown = list, lambda: print("ended")
 cluster._init, cluster._this_node = start, lambda: None
 before = signal.getsignal(signal.SIGTERM)
 try:
-    with cluster.connected(make_config({"input": {"url": "in"}, "output": {"url": "out"}})):
+    with cluster.connected(make_config({"input": {"url": "s3://in"}, "output": {"url": "s3://out"}})):
         signal.raise_signal(signal.SIGTERM)
 except KeyboardInterrupt:
     print("stopped", signal.getsignal(signal.SIGTERM) is before)
@@ -76,3 +76,21 @@ def test_what_our_servers_are_started_with_stays_with_them(monkeypatch: pytest.M
         assert "BESIDE" not in os.environ
     assert os.environ["SET"] == "by the caller"
     assert "NEW" not in os.environ
+
+
+@pytest.mark.parametrize("address", ["head", "Local"])
+def test_an_address_that_is_none_is_a_sentence(address: str) -> None:
+    with pytest.raises(ConfigError, match=rf"runtime.address: '{address}' is none: .* Give host:port"):
+        cluster._init(address)
+
+
+def test_a_path_of_this_machine_is_nothing_to_a_worker_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a head that has no CPUs and one worker, or over ray://."""
+    worker = {"NodeID": "b", "Alive": True, "Resources": {"CPU": 2.0}}
+    monkeypatch.setattr("ray.nodes", lambda: [worker])
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr(cluster, "_this_node", lambda: "a")
+    with pytest.raises(ConfigError, match="is a path on one machine"), connected(make_config(digits_config("a", "b"))):
+        pass
+    with connected(make_config(digits_config("a", "b", storage={"shared": True}))) as found:
+        assert found.num_nodes == 1

@@ -10,13 +10,15 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import pipeline
 from pipeline.config import make_config
 from pipeline.errors import ConfigError, ModelMismatch, NotFound, SourceChanged
 from pipeline.examples.tars import write_tar
 from pipeline.outputs.dataset import Dataset
-from pipeline.recomputing import _pick, differences, recompute
+from pipeline.recomputing import MAX_PARTS, _pick, differences, recompute, shares
 from pipeline.storage import Store
 from tests.support.datasets import commit_all, names, part, rewrite, set_column, vouch
 from tests.support.jobs import WEIGHTS, digits_config, digits_tars
@@ -145,7 +147,7 @@ def test_a_part_that_a_run_replaces_meanwhile_is_passed_over(dataset: Dataset, g
                 raise gone
             return super().open(url, version, read_ahead)
 
-    rows, mean = _pick(Dataset(dataset.url, Beside()), names(dataset), 30)
+    rows, mean = _pick(Dataset(dataset.url, Beside()), dict.fromkeys(names(dataset), 10))
     assert {row["shard"].rpartition("/")[2] for row in rows} == {"digits-001.tar", "digits-002.tar"}
     assert mean is not None
 
@@ -194,3 +196,14 @@ def test_a_config_of_another_model_cannot_verify(job: dict[str, Any], dataset: D
     config = digits_config(job["input"]["url"], dataset.url, output={"top_k": 2})
     with pytest.raises(ModelMismatch, match="top_k: the dataset has 5, this run 2"):
         pipeline.verify(dataset.url, sample=4, config=config)
+
+
+@given(st.dictionaries(st.text(), st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 300))
+def test_as_many_rows_are_drawn_as_were_asked_for_or_all_there_are(counts: dict[str, int], sample: int):
+    found = shares(counts, sample)
+    assert sum(found.values()) == min(sample, sum(counts.values()))
+    assert all(0 < share <= counts[name] for name, share in found.items())
+    enough = min(counts.values()) * MAX_PARTS
+    assert len(found) <= (MAX_PARTS if enough >= sample else len(counts))
+    spare = [share for name, share in found.items() if share < counts[name]]
+    assert not spare or max(found.values()) <= min(spare) + 1, "as even as they allow"

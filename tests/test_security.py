@@ -24,6 +24,7 @@ import pytest
 import yaml
 from PIL import Image
 
+import pipeline
 from pipeline import submission
 from pipeline.config import Input, Transform, load_config, make_config
 from pipeline.errors import ConfigError, FatalError, Reject
@@ -359,8 +360,8 @@ def test_a_job_is_started_with_no_secret_in_its_environment(monkeypatch: pytest.
 
 
 def test_the_address_of_a_cluster_is_shown_without_its_password(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(FatalError, match=r"cannot reach the Ray dashboard at http://127.0.0.1:9") as caught:
-        submission._client("http://me:PLANTED@127.0.0.1:9")
+    with pytest.raises(FatalError, match=r"cannot submit to the Ray dashboard at http://127.0.0.1:9") as caught:
+        pipeline.submit(digits_config("s3://raw/*.tar", "s3://labels/x"), "http://me:PLANTED@127.0.0.1:9")
     assert "PLANTED" not in str(caught.value) + "".join(capsys.readouterr())
 
 

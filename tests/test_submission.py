@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
+from aiohttp import ClientError
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobStatus
 
 import pipeline
 from pipeline import submission
 from pipeline.config import load_config, make_config
-from pipeline.errors import ConfigError, FatalError
+from pipeline.errors import ConfigError, FatalError, Stopped
 from tests.support.jobs import digits_config
 
 
@@ -81,5 +87,76 @@ submission.follow(Client(), "raysubmit_1")
 
 
 def test_a_host_that_cannot_be_is_a_sentence():
-    with pytest.raises(FatalError, match="cannot reach the Ray dashboard at http://a..b:8265"):
-        submission._client("http://a..b:8265")
+    with pytest.raises(FatalError, match=r"cannot submit to the Ray dashboard at http://a\.\.b:8265"):
+        pipeline.submit(digits_config("s3://raw/*.tar", "s3://labels/x"), "http://a..b:8265")
+
+
+def job_info(status: str, exit_code: int | None = None) -> Any:
+    return SimpleNamespace(status=JobStatus(status), driver_exit_code=exit_code, message="so it was")
+
+
+class Dashboard:
+    """Shows a log of two lines, and drops the connection as often as it says: by an error, or without one."""
+
+    def __init__(self, drops: Sequence[Exception | None], infos: Sequence[Any]) -> None:
+        self.drops, self.infos = list(drops), list(infos)
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        yield "one\n"
+        if self.drops:
+            error = self.drops.pop(0)
+            if error is not None:
+                raise error
+            return
+        yield "two\n"
+
+    def get_job_info(self, job: str) -> Any:
+        return self.infos.pop(0) if len(self.infos) > 1 else self.infos[0]
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def sleep(seconds: float) -> None: ...
+
+    monkeypatch.setattr(submission.asyncio, "sleep", sleep)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_connection_that_drops_is_opened_again(capsys: pytest.CaptureFixture[str]):
+    drops = [RuntimeError("closed"), ConnectionRefusedError("refused"), ClientError("no handshake"), None]
+    client = Dashboard(drops, [job_info("RUNNING"), job_info("SUCCEEDED", 0)])
+    assert submission.follow(client, "job") == 0  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "one\ntwo\n"
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_job_whose_log_is_lost_is_not_called_failed():
+    client = Dashboard([ClientError("gone")] * 100, [job_info("RUNNING")])
+    with pytest.raises(Stopped, match=r"lost the log of job job: gone. It may run on: `ray job logs"):
+        submission.follow(client, "job")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("info", "exit_code"),
+    [
+        (job_info("SUCCEEDED", 0), 0),
+        (job_info("FAILED", 2), 2),
+        (job_info("FAILED", -9), 3),
+        (job_info("FAILED", 137), 3),
+        (job_info("STOPPED"), 3),
+        (job_info("FAILED"), 1),
+    ],
+    ids=["complete", "refused", "killed", "killed in its shell", "stopped", "never ran"],
+)
+def test_a_job_ends_with_an_exit_code_of_ours(info: Any, exit_code: int):
+    assert submission.follow(Dashboard([], [info]), "job") == exit_code  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("error", [AuthenticationError("401"), RuntimeError("status 500"), OSError("refused")])
+def test_a_dashboard_that_takes_no_job_is_a_sentence(error: Exception, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(submission, "_client", lambda address: SimpleNamespace(submit_job=fail, list_jobs=fail))
+    with pytest.raises(FatalError, match=r"cannot submit to the Ray dashboard at http://head:8265: .* RAY_AUTH_TOKEN"):
+        pipeline.submit(digits_config("s3://raw/*.tar", "s3://labels/x"), "head:8265", submission_id="again")

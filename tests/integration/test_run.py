@@ -21,10 +21,12 @@ from PIL import Image
 
 import pipeline
 from pipeline import driver
+from pipeline.config import Transform
 from pipeline.deaths import NoNotes
 from pipeline.errors import ConfigError, ExitCode, ModelMismatch, TransientError, WeightsError
 from pipeline.examples.digits import encode_png, load_digits_images
 from pipeline.examples.tars import write_tar
+from pipeline.preparation import Job
 from pipeline.report import Counter
 from tests.support.datasets import commit_all
 from tests.support.jobs import BROKEN, assert_exactly_once, assert_no_leftovers, digits_config, digits_tars, rows
@@ -304,6 +306,43 @@ def test_one_tar_is_decoded_on_all_cores_and_never_in_the_actor(tmp_path: Path, 
         assert len(names) == stages, stats
         assert "ResNetPredictor" in names[-1]
         assert "->" not in names[-1], "decoding is fused into the predictor"
+
+
+def test_large_images_of_one_tar_come_to_the_network_in_full_batches(tmp_path: Path):
+    """Encoded, they travel in blocks of a few, the rest of whose batches would be padding."""
+    from pipeline import flow
+    from pipeline.cluster import Cluster
+    from pipeline.config import make_config
+    from pipeline.model.spec import make_spec
+    from pipeline.planning import make_plan
+    from pipeline.preparation import prepare
+
+    noise = np.random.default_rng(0).integers(0, 256, (600, 600), np.uint8)
+    write_tar(tmp_path / "large.tar", [(f"{n:02}.png", encode_png(np.roll(noise, n))) for n in range(70)])
+    transform = {"resize": 32, "crop": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
+    config = make_config(digits_config(tmp_path / "large.tar", tmp_path / "labels", model={"transform": transform}))
+    cluster = Cluster(num_nodes=1, num_cpus=2, num_gpus=0)
+    job = prepare(config, make_spec(config), cluster, [])
+    tasks = make_plan(config).tasks
+    assert 4 * job.block_bytes < 70 * 600 * 600
+
+    def blocks(job: Job) -> list[int]:
+        pieces = flow.pieces(tasks, job, cluster, NoNotes())
+        return [bundle.num_rows() or 0 for bundle in pieces.iter_internal_ref_bundles()]
+
+    assert blocks(job) == [71]
+    # Of images in sizes of their own no more are gathered than came together.
+    own_sizes = replace(job, info=replace(job.info, transform=Transform(**transform | {"crop": None})))
+    assert len(blocks(own_sizes)) > 4
+    assert sum(blocks(own_sizes)) == 71
+
+
+def test_the_workers_may_stand_in_another_folder(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(first / "shards", "shards")
+    report = pipeline.run(digits_config("shards", "labels"))
+    assert (report.exit_code, report.output_url) == (ExitCode.COMPLETE, str(tmp_path / "labels"))
+    assert_exactly_once(tmp_path / "labels", 200)
 
 
 def test_a_run_says_what_bounded_it_and_scores_what_was_predicted(first: Path, tmp_path: Path):

@@ -25,12 +25,12 @@ from pipeline.outputs.schema import Footer, write_parquet
 from pipeline.planning import Plan, Task
 from pipeline.rows import Columns, Kind
 from pipeline.running import new_report
-from pipeline.storage import Store
+from pipeline.storage import Store, with_absolute_urls
 
 
 def commit_all(config: Mapping[str, Any] | JobConfig, run_id: str | None = None) -> Dataset:
     """Commit every shard of a job's input, and leave the report of that run."""
-    job = config if isinstance(config, JobConfig) else make_config(config)
+    job = with_absolute_urls(config if isinstance(config, JobConfig) else make_config(config))
     store = Store(job.input_storage)
     dataset = Dataset(job.output.url, Store(job.output_storage))
     spec = make_spec(job)
