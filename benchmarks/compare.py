@@ -7,8 +7,8 @@ Every arm is a process of its own (peers/*.py), with the same samples, the same 
 a round that doesn't count, in which memory is measured, the arms run in turn, round after round. *Steady* is the rate
 over the second half of the images, *whole* that from the start of the process to its exit. *Limit* is
 1/(1/D + 1/N): D reading and decoding alone, a process per core; N the fastest network alone, on decoded images.
-Arms must return a row for every sample, and the same top-1 as ours for 99 % of them or more. The weights are made so
-that they tell these photographs apart, else that would mean nothing.
+Arms must return a row for every sample, and the same top-1 as ours for 99 % or more of the first 200 photographs and
+their repetitions. The weights are made so that they tell these apart, else that would mean nothing.
 
 The table and a plot go to `--out` as compare.csv and compare.svg.
 """
@@ -28,6 +28,9 @@ from benchmarks.arms import ARMS, Arm, Done, Setting, is_installed, run_arm, run
 from benchmarks.networks import CORES, write_weights
 from benchmarks.photographs import as_parquet, pack, samples, take_tars
 from benchmarks.summary import Line, Outcome, agreement, as_csv, best, line, ratio, together
+from pipeline.config import Input, Transform
+from pipeline.errors import Reject
+from pipeline.inputs.images import decode
 
 AGREEMENT = 0.99
 SEEN = 200  # photographs that the weights are made for
@@ -41,8 +44,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="compare-") as name:
         for model, images in zip(given.models, given.images, strict=True):
             setting = Setting(Path(name) / model, model)
-            keys = prepare(setting, given.source, images, given.per_shard)
-            found = compare(setting, keys, given.arms, given.rounds)
+            keys, known = prepare(setting, given.source, images, given.per_shard)
+            found = compare(setting, keys, known, given.arms, given.rounds)
             lines += found
             show(found)
         if "ours" in given.arms:
@@ -67,6 +70,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--per-shard", type=int, default=250, help="photographs in a tar that is packed here")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder for compare.csv and compare.svg")
     given = parser.parse_args()
+    if not given.source.is_dir():
+        parser.error(f"{given.source} is no folder")
+    if min(*given.images, given.rounds, given.per_shard) < 1:
+        parser.error("--images, --rounds and --per-shard are at least 1")
     if importlib.util.find_spec("psutil") is None:
         parser.error("psutil is not installed: pip install '.[bench]'")
     if len(given.images) == 1:
@@ -77,8 +84,9 @@ def arguments() -> argparse.Namespace:
     return given
 
 
-def prepare(setting: Setting, source: Path, images: int, per_shard: int) -> set[str]:
-    """The same samples as tars and as Parquet, and weights for the model; the keys of the samples."""
+def prepare(setting: Setting, source: Path, images: int, per_shard: int) -> tuple[set[str], set[str]]:
+    """The same samples as tars and as Parquet, and weights for the model. The keys of the samples, and those of the
+    photographs that the weights are made for."""
     work = setting.work
     if any(source.glob("*.tar")):
         tars = take_tars(source, work / "tars", images)
@@ -88,16 +96,27 @@ def prepare(setting: Setting, source: Path, images: int, per_shard: int) -> set[
         pack(source, work / "small", 4, SMALL)
     as_parquet(tars, work / "parquet")
     listed = [sample for tar in tars for sample in samples(tar)]
-    encoded = list(dict.fromkeys(data for _, data in listed))[:SEEN]
-    write_weights(setting.model, encoded, setting.weights)
     keys = {key for key, _ in listed}
     if len(keys) != len(listed):
         raise SystemExit("the tars hold a key twice, by which the rows of the arms could not be told apart")
-    return keys
+    refuse_unreadable(listed)
+    encoded = list(dict.fromkeys(data for _, data in listed))[:SEEN]
+    write_weights(setting.model, encoded, setting.weights)
+    seen = set(encoded)
+    return keys, {key for key, data in listed if data in seen}
 
 
-def compare(setting: Setting, keys: set[str], names: Sequence[str], rounds: int) -> list[Line]:
-    """All arms in turn, a round that doesn't count and `rounds` that do."""
+def refuse_unreadable(listed: Sequence[tuple[str, bytes]]) -> None:
+    """SystemExit where a sample cannot be decoded: most arms would stop there."""
+    for data, key in {data: key for key, data in listed}.items():
+        try:
+            decode(data, Transform(), Input(url="").max_pixels)
+        except Reject as reject:
+            raise SystemExit(f"{key} cannot be read ({reject.message}): compare with images that can") from None
+
+
+def compare(setting: Setting, keys: set[str], known: set[str], names: Sequence[str], rounds: int) -> list[Line]:
+    """All arms in turn, a round that doesn't count and `rounds` that do. The top-1 of `known` keys is compared."""
     lines: list[Line] = []
     if "ours" in names:
         first = checked("ours", run_arm(ARMS["ours"], setting), keys, None)
@@ -110,7 +129,7 @@ def compare(setting: Setting, keys: set[str], names: Sequence[str], rounds: int)
         ours: dict[str, int] | None = None
         for name in names:
             done = checked(name, run_arm(ARMS[name], setting, memory=number == 0), keys, ours)
-            ours = done.classes if name == "ours" else ours
+            ours = {key: done.classes[key] for key in known} if name == "ours" else ours
             if ours is not None:
                 least[name] = min(least.get(name, 1.0), agreement(ours, done.classes))
             if number == 0:

@@ -44,9 +44,13 @@ def take_tars(source: Path, folder: Path, images: int) -> list[Path]:
     for path in sorted(source.glob("*.tar")):
         if count >= images:
             break
-        paths.append(folder / path.name)
-        paths[-1].symlink_to(path.resolve())
-        count += len(samples(path))
+        held = len(samples(path))
+        if held:
+            paths.append(folder / path.name)
+            paths[-1].symlink_to(path.resolve())
+        count += held
+    if not paths:
+        raise SystemExit(f"the tars in {source} hold no images")
     return paths
 
 

@@ -261,7 +261,7 @@ def _sync_folder(folder: Path) -> None:
 def sweep(folder: Path) -> None:
     """Remove temporary files below a folder whose writer is dead."""
     for path in leftovers(folder):
-        with suppress(FileNotFoundError, PermissionError):
+        with suppress(OSError):
             path.unlink()
 
 
@@ -270,6 +270,6 @@ def leftovers(folder: Path) -> Iterator[Path]:
     for path in folder.rglob(".*.tmp"):
         if TEMPORARY.fullmatch(path.name):
             # "r+b", since a network file system locks for writing only what is open for writing.
-            with suppress(FileNotFoundError, PermissionError, BlockingIOError), path.open("r+b") as file:
+            with suppress(OSError), path.open("r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 yield path

@@ -84,6 +84,8 @@ def _said(kind: str, message: str, path: str, keys: Sequence[str]) -> str:
 def _nearest(path: str, keys: Sequence[str]) -> str:
     """The nearest valid keys: in the same section, else by name in any, since forgetting the section is common."""
     section, _, name = path.rpartition(".")
+    if path in keys:  # "model.name" as the name of one key
+        return f"; on the command line it is {path}=…, but here it stands in a section: {section}: {{{name}: …}}"
     by_name: dict[str, list[str]] = {}
     for key in sorted(keys, key=lambda key: key.count(".")):
         by_name.setdefault(key.rpartition(".")[2], []).append(key)

@@ -8,7 +8,9 @@ final: so what is an error row stays the same.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -80,11 +82,13 @@ class DeviceDecoder:
         try:
             return list(self._read_on_device(images))
         except RuntimeError as cause:  # torch's for what nvJPEG refuses, and for memory
-            if len(images) > 1:
-                half = len(images) // 2
-                return self._read(images[:half]) + self._read(images[half:])
-            _announce(clean(cause).split(".")[0])
-            return [self._read_on_core(images[0])]
+            reason = clean(cause).split(".")[0]
+        # Not above, where the error would keep what the device holds of these images.
+        if len(images) > 1:
+            half = len(images) // 2
+            return self._read(images[:half]) + self._read(images[half:])
+        _announce(reason)
+        return [self._read_on_core(images[0])]
 
     def _read_on_core(self, data: bytes) -> Pixels | Reject:
         try:
@@ -97,7 +101,7 @@ class DeviceDecoder:
         from torchvision.io import ImageReadMode, decode_jpeg
 
         encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in images]
-        with torch.inference_mode():
+        with torch.inference_mode(), _own_stream(self.device):
             pictures = [
                 _upright(picture, turn_of(data))
                 for picture, data in zip(
@@ -107,6 +111,29 @@ class DeviceDecoder:
             arrays = _on_host([_transformed(picture, self.transform) for picture in pictures])
         for picture, array in zip(pictures, arrays, strict=True):
             yield Pixels(array, width=picture.shape[2], height=picture.shape[1])
+
+
+_streams = threading.local()
+
+
+@contextmanager
+def _own_stream(device: str) -> Iterator[None]:
+    """A stream for each thread that decodes, on which nothing is under way.
+
+    decode_jpeg writes on a stream of its own, and waits for nobody: not for kernels that still read memory of this
+    thread's stream that was freed and is given out again. No other thread is given it, since torch keeps the memory of
+    a stream for that stream.
+    """
+    import torch
+
+    if device != "cuda":
+        yield
+        return
+    if not hasattr(_streams, "own"):
+        _streams.own = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(_streams.own):
+        _streams.own.synchronize()
+        yield
 
 
 @cache

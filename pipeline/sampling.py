@@ -44,7 +44,8 @@ MAX_TASKS = 16
 MAX_BYTES = 256 * 2**20  # of pixels, of all tasks together, where images keep their own size; a block more of each
 MEMBER_BYTES = 1024  # of a tar beside a member's content: its header, and what fills up its last block
 COUNTED_BYTES = 32 * 2**20
-PREDICT_SECONDS = 2.0
+PREDICT_SECONDS = 2.0  # at least
+MIN_BATCHES = 4  # that a slow network is timed with; more than one, since some are computed at once
 PROBE_BYTES = 64 * 2**20  # at most
 
 
@@ -196,15 +197,18 @@ def _predict(blocks: list[pa.Table], job: Job) -> tuple[float, float, float]:
 def _time_predictor(blocks: list[pa.Table], job: Job) -> tuple[float, float, float]:
     begun = time.perf_counter()
     predictor = ResNetPredictor(job.spec, job.info, job.settings, decode=job.decoder)
-    block = pa.concat_tables(blocks)
-    pieces = predictor(block)
+    block, size = pa.concat_tables(blocks), job.settings.batch_size
+    predictor(block.slice(0, size))  # warm
     loaded = time.perf_counter()
-    rows, filled = full_batches(block.num_rows, job.settings.batch_size)
+    predictor(block.slice(0, size))
+    batches = max(round(PREDICT_SECONDS / (time.perf_counter() - loaded)), MIN_BATCHES)
+    rows, filled = full_batches(min(block.num_rows, batches * size), size)
     filled = filled if job.info.input_size is not None else 1.0  # else a batch of each size is padded, as in a run
-    images = 0
-    while images == 0 or time.perf_counter() - loaded < PREDICT_SECONDS:
-        images += predictor(block.slice(0, rows)).num_rows
-    seconds = time.perf_counter() - loaded
+    images, started = 0, time.perf_counter()
+    while images == 0 or time.perf_counter() - started < PREDICT_SECONDS:
+        pieces = predictor(block.slice(0, rows))
+        images += pieces.num_rows
+    seconds = time.perf_counter() - started
     return seconds / images * filled, _row_bytes(pieces, job), loaded - begun
 
 

@@ -336,9 +336,16 @@ class _RetryingFile(io.RawIOBase):
         self._hashed = 0
 
     def read(self, size: int | None = -1, /) -> bytes:
-        count = -1 if size is None else size
+        count, place = -1 if size is None else size, self._file.tell()
+
+        def again() -> bytes:
+            # A disk's file that fails half-way has let go what it had read by then, and stands behind it.
+            if self._file.tell() != place:
+                self._file.seek(place)
+            return self._file.read(count)
+
         try:
-            data = self._store._retry_reading(lambda: self._file.read(count), "read", self._url)
+            data = self._store._retry_reading(again, "read", self._url)
         except NotFound as cause:  # it was there when it was opened
             raise _changed(self._url) from cause
         if self._md5 is not None:

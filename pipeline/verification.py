@@ -49,7 +49,7 @@ class Verification:
     sampled: int = 0
     agreed: int = 0
     zero_embeddings: int = 0  # rows: no problem of the dataset, but they have no direction and no cosine
-    note: str = ""  # on what could not be sampled
+    note: str = ""  # on what could not be sampled, or that there is nothing yet
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -74,8 +74,11 @@ def verify_dataset(dataset: Dataset, sample: int = 0, config: JobConfig | None =
     """
     if sample < 0:
         raise ConfigError(f"sample is a number of rows, 0 for none; got {sample}.")
-    identity = dataset.known_identity()
     result = Verification(dataset.url)
+    if dataset.identity() is None and dataset.has_runs():
+        result.note = "no run has committed a shard yet"
+        return result
+    identity = dataset.known_identity()
     standing = sorted(dataset.standing().items())
     with ThreadPoolExecutor(AT_ONCE) as pool:
         checked = pool.map(lambda item: _check_shard(dataset, identity, *item), standing)
@@ -88,6 +91,7 @@ def verify_dataset(dataset: Dataset, sample: int = 0, config: JobConfig | None =
             result.predicted += part.footer.predicted
             result.errors += part.footer.errors
             result.zero_embeddings += part.zeros
+    result.problems.extend(_overlaps({name: part.footer for name, (part, _) in found.items() if part is not None}))
     result.problems.extend(_strangers(dataset))
     if problem := network_problem(dataset, identity):
         result.problems.append(problem)
@@ -148,6 +152,20 @@ def _agree_on_width(checked: Mapping[str, _Checked]) -> None:
     for usual, _ in Counter(widths.values()).most_common(1):
         for name in (name for name, width in widths.items() if width != usual):
             checked[name][1].append(f"its embeddings have {widths[name]} numbers, those of other shards {usual}")
+
+
+def _overlaps(footers: Mapping[str, Footer]) -> Iterator[str]:
+    """Promise: no file stands in two groups. Two runs at once may leave that when a file that begins a group comes or
+    goes; the next run mends it."""
+    root = reach = holder = ""
+    for shard, name in sorted((footer.shard, name) for name, footer in footers.items()):
+        if shard.endswith("#"):  # the first group of a root, which stands before the others
+            root, reach = shard, ""
+        elif root and shard.startswith(root) and shard.removeprefix(root) <= reach:
+            yield f"{name}: its first files stand in {holder} as well. A run puts it right."
+        last_path = footers[name].last_path or ""
+        if last_path > reach and not last_path.endswith("\U0010ffff"):  # of a name that is not UTF-8: too far
+            reach, holder = last_path, name
 
 
 def _strangers(dataset: Dataset) -> Iterator[str]:

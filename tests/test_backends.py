@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import os
 import signal
 import subprocess
@@ -12,10 +13,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline import backends
+from pipeline.backends import LocalDisk, Opened
 from pipeline.config import Storage
 from pipeline.errors import AccessDenied, ConfigError, FatalError, NotFound, StoreUnavailable
 from pipeline.model.cache import cache_directory
@@ -306,3 +309,43 @@ def test_a_busy_disk_is_tried_again_until_the_deadline(tmp_path: Path, monkeypat
     with pytest.raises(StoreUnavailable, match="Stale"):
         Store(Storage(deadline_s=0.5)).read(str(tmp_path / "x"))
     assert len(attempts) > 1
+
+
+class Failing(io.RawIOBase):
+    """A disk that delivers a part of what is asked for, and then fails once."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content, self._place, self._left = content, 0, [1000, OSError(errno.EIO, "Input/output error")]
+
+    def readable(self) -> bool:
+        return True
+
+    seekable = readable
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        self._place = (offset, self._place + offset, len(self._content) + offset)[whence]
+        return self._place
+
+    def readinto(self, buffer: Any, /) -> int:
+        step = self._left.pop(0) if self._left else len(buffer)
+        if isinstance(step, OSError):
+            raise step
+        data = self._content[self._place : self._place + min(len(buffer), step)]
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+
+def test_a_read_that_fails_half_way_is_repeated_where_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = os.urandom(100_000)
+    (tmp_path / "x").write_bytes(content)
+    opened = Opened(io.BufferedReader(Failing(content), 16), "1", len(content))  # type: ignore[arg-type]
+    monkeypatch.setattr(LocalDisk, "open", lambda *_: opened)
+    with Store().open(str(tmp_path / "x")) as file:
+        assert file.read(50_000) + file.read() == content
+
+
+def test_temporary_files_that_cannot_be_looked_at_stop_nobody(tmp_path: Path) -> None:
+    (tmp_path / f".{'a' * 32}.tmp").mkdir()  # as where the disk is read-only: an error of its own kind
+    Store().sweep(str(tmp_path))
+    assert list(backends.leftovers(tmp_path)) == []

@@ -133,6 +133,7 @@ def test_usage_errors_are_2():
     ("words", "says"),
     [
         (["plan", "--price", "5"], "a price without an estimate says nothing"),
+        (["plan", "--estimate", "--price", "inf"], "a price is a number that is not negative; got inf"),
         (["run", "--limit", "5", "--retry-errors", "all"], "nothing to --retry-errors"),
     ],
 )

@@ -193,6 +193,11 @@ def test_missing_sections_and_keys_are_named():
     ]
 
 
+def test_a_path_is_no_name_of_a_key():
+    with pytest.raises(ConfigError, match=r"model.name: unknown key; .* stands in a section: model: \{name: …\}"):
+        make_config({"input": {"url": "a"}, "output": {"url": "b"}, "model.name": "resnet18"})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

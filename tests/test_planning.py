@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import pipeline
@@ -301,6 +302,16 @@ def test_an_input_that_lists_less_of_a_folder_does_not_take_rows_away(folders: P
         if f"file://{path}" not in listed:
             path.unlink()
     refuse_a_selection(make_plan(job(less)), job(less))
+
+
+def test_a_damaged_part_of_a_group_is_done_again(folders: Path):
+    job = make_config(digits_config(folders / "in/photos", folders / "labels"))
+    commit_job(job)
+    part = max(Path(folders / "labels/data").iterdir(), key=lambda path: path.stat().st_size)
+    content = np.frombuffer(part.read_bytes(), np.uint8).copy()
+    content[4:2000] = 0
+    part.write_bytes(content.tobytes())
+    assert [task.shard.id for task in make_plan(job).tasks] == [part.stem]
 
 
 @pytest.mark.parametrize("below", ["", "/labels/2026"])

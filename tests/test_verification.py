@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import pipeline
 from pipeline.cli import app
 from pipeline.errors import NotFound, StoreUnavailable
+from pipeline.examples.digits import encode_png
 from pipeline.examples.tars import write_tar
 from pipeline.outputs.dataset import Dataset
 from pipeline.outputs.ledger import Mark, Standings, commit_hash
@@ -89,6 +90,15 @@ def test_shards_without_samples_or_without_predictions_are_healthy(tmp_path: Pat
 def test_where_there_is_no_dataset(tmp_path: Path):
     with pytest.raises(NotFound, match=r"no dataset at .*: it has no _dataset.json"):
         pipeline.verify(str(tmp_path))
+
+
+def test_after_a_night_with_nothing_to_do_there_is_nothing_wrong(tmp_path: Path):
+    (tmp_path / "shards").mkdir()
+    pipeline.run(digits_config(tmp_path / "shards", tmp_path / "labels", input={"allow_empty": True}))
+    found = pipeline.verify(tmp_path / "labels")
+    assert (found.ok, found.shards, found.note) == (True, 0, "no run has committed a shard yet")
+    with pytest.raises(NotFound, match="holds nothing yet: no run has committed a shard"):
+        pipeline.status(tmp_path / "labels")
 
 
 # --- Damage ----------------------------------------------------------------------------------------------------------
@@ -468,3 +478,24 @@ def test_a_part_that_is_replaced_meanwhile_is_not_called_damaged(dataset: Datase
     problems = verify_dataset(dataset).problems
     assert problems
     assert not any("changed while" in problem for problem in problems), "it stays damaged"
+
+
+def test_files_that_stand_in_two_groups_are_found(tmp_path: Path):
+    """As when a slower run commits a group again that has lost its end to a new one meanwhile."""
+    (tmp_path / "photos").mkdir()
+    for number in range(40):
+        (tmp_path / f"photos/{number:02}.png").write_bytes(encode_png(np.full((32, 32), number, np.uint8)))
+    config = digits_config(tmp_path / "photos", tmp_path / "labels", input={"group_size": 8})
+    commit_all(config)
+    groups = pipeline.plan(config).done
+    assert len(groups) > 2
+    assert pipeline.verify(tmp_path / "labels").ok
+    whole = digits_config(tmp_path / "photos", tmp_path / "whole", input={"group_size": 10**9})
+    commit_all(whole)
+    (first,) = Path(tmp_path / "whole/data").iterdir()
+    dataset = Dataset(str(tmp_path / "labels"), Store())
+    shutil.copy2(first, tmp_path / "labels/data" / first.name)
+    vouch(dataset, first.name.removesuffix(".parquet"))
+    problems = pipeline.verify(tmp_path / "labels").problems
+    assert len(problems) == len(groups) - 1
+    assert all(f"stand in {first.stem} as well. A run puts it right" in problem for problem in problems)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from pipeline.config import Input, digest
@@ -28,7 +29,6 @@ from pipeline.storage import (
     canonical,
     is_local,
     is_relative,
-    join,
     local_path,
     split_pattern,
     within,
@@ -120,13 +120,18 @@ def current_fingerprint(shard: Shard, store: Store) -> str:
         raise SourceChanged(f"{shard.url} has gone since it was listed: {gone}") from gone
 
 
+@lru_cache(maxsize=1024)
+def _real(folder: str) -> str:
+    """A folder by the name that it has without links, which a listing follows."""
+    return os.path.realpath(local_path(folder)) if is_local(folder) else folder
+
+
 class _Found:
     """What listings bring, from several threads at once."""
 
     def __init__(self, config: Input, keep: Keep | None, output: str | None) -> None:
         self._config, self._keep = config, keep
-        self._parts = tuple(f"{join(canonical(output), name)}/" for name in ("data", "errors")) if output else ()
-        self._card = join(canonical(output), "README.md") if output else None
+        self._output = _real(canonical(output).rstrip("/")) if output else None
         self._kept: list[Shard] = []
         self._urls: dict[str, str] = {}  # of all shards, by id
         self._loose: dict[str, tuple[str, FileInfo]] = {}
@@ -150,7 +155,10 @@ class _Found:
         return "" if found else f"{redact(listing.url)} ({listed or 'no'} files)"
 
     def _is_own(self, url: str) -> bool:
-        return url == self._card or (url.startswith(self._parts) and url.endswith(".parquet"))
+        folder, _, name = url.rpartition("/")
+        if name == "README.md":
+            return _real(folder) == self._output
+        return name.endswith(".parquet") and _real(folder) in [f"{self._output}/{ours}" for ours in ("data", "errors")]
 
     def shards(self) -> list[Shard]:
         """All that were kept, groups of loose files among them, sorted by id."""

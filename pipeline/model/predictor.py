@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -159,6 +160,7 @@ class ResNetPredictor:
                 if self._is_fixed or _is_of_device(cause):
                     _give_up(cause, block.select(IMAGE_SIZE).filter(is_left))
                 failure = cause
+                traceback.clear_frames(cause.__traceback__)  # which hold what the device has computed of the image
                 if one is not None:
                     refused.update(dict.fromkeys(one[0].tolist(), _size_refused(cause)))
                     is_left[one[0]] = False

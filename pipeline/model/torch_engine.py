@@ -5,8 +5,10 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import re
 import shutil
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +34,8 @@ WARM_UP_SIZE = 64  # pixels, where images come in sizes of their own
 
 log = logging.getLogger(__name__)
 
+# What CUDA's libraries say where there is no memory for their own use.
+NO_MEMORY = re.compile("unable to find an engine to execute|STATUS_ALLOC_FAILED")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -78,7 +82,10 @@ def memory_errors() -> Iterator[None]:
     """torch's error, as `Engine` raises it."""
     try:
         yield
-    except torch.OutOfMemoryError as cause:
+    except RuntimeError as cause:
+        if not isinstance(cause, torch.OutOfMemoryError) and not NO_MEMORY.search(str(cause)):
+            raise
+        traceback.clear_frames(cause.__traceback__)  # which hold what the device had computed so far
         torch.cuda.empty_cache()
         raise OutOfMemory(clean(cause)) from cause
 
@@ -105,6 +112,10 @@ def load_eager(spec: ModelSpec, device: str, threads: int | None) -> TorchEngine
     """
     _prepare(device, threads)
     dtype = DTYPES.get(spec.precision)
+    if device == "cuda" and dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(
+            f"model.precision: {torch.cuda.get_device_name()} has no bfloat16, and would be slow at it. Use float16."
+        )
     network = build(spec)
     side = network.head.input_size
     try:
@@ -119,6 +130,7 @@ def load_eager(spec: ModelSpec, device: str, threads: int | None) -> TorchEngine
         log.warning("%s is computed as it is, which may be slower than in channels_last: %s", spec.name, clean(cause))
         with memory_errors():
             engine = TorchEngine(build(spec).to(device), torch.device(device), dtype)
+        engine(np.zeros((2, side, side, 3), np.uint8))
     return engine
 
 
@@ -135,8 +147,15 @@ def load_compiled(spec: ModelSpec, info: ModelInfo, device: str, batch_size: int
     side = size or WARM_UP_SIZE
     key = cache_key(spec, "torch", "torchvision") if size is not None else None
     try:
-        with _compiler_cache(None if key is None else digest([key, device, batch_size], 32)):
-            engine(np.zeros((batch_size, side, side, 3), np.uint8))
+        with memory_errors(), _compiler_cache(None if key is None else digest([key, device, batch_size], 32)):
+            pixels = np.zeros((batch_size, side, side, 3), np.uint8)
+            if eager.device.type == "cpu":
+                engine(pixels)
+            else:  # as `transfer.py` calls it, with exactly that shape; and once more, so that a graph is recorded
+                for _ in range(2):
+                    engine.results(torch.from_numpy(pixels).to(device), Wanted(0, None))
+    except OutOfMemory:
+        raise
     except Exception as error:
         raise ConfigError(
             f"runtime.engine: compile does not work here with {spec.name}: {clean(error)}. It needs a C++ compiler, on"
@@ -147,7 +166,8 @@ def load_compiled(spec: ModelSpec, info: ModelInfo, device: str, batch_size: int
 
 @contextmanager
 def _compiler_cache(key: str | None) -> Iterator[None]:
-    """Have the compiler keep its files in this node's cache, for one process at a time; None: until this one ends.
+    """Have the compiler keep its files in this node's cache, written by one process and read by all; None: until this
+    one ends.
 
     It doesn't write them at once: where it was killed, half a library stays, which fails every process after it. So
     what was not finished is thrown away.
@@ -160,13 +180,16 @@ def _compiler_cache(key: str | None) -> Iterator[None]:
         return
     folder = cache_directory("inductor") / key
     is_whole = folder / "whole"
-    with lock(str(folder)):
-        if folder.exists() and not is_whole.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(exist_ok=True)
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-        yield
-        is_whole.touch()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    if not is_whole.exists():
+        with lock(str(folder)):
+            if not is_whole.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                yield
+                is_whole.touch()
+                return
+    yield
 
 
 def compile_options(device: str, size: int | None) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from pipeline.model.zoo import cache_key
 log = logging.getLogger(__name__)
 
 CANDIDATES = {"cpu": (8, 32), "cuda": (32, 64, 128, 256, 512)}  # images
-UNMEASURED = {"cpu": 32, "cuda": 256}  # where images have their own sizes, or nothing is computed
+UNMEASURED = {"cpu": 32, "cuda": 256}  # where nothing is computed
+OWN_SIZES = {"cpu": 32, "cuda": 16}  # where images have their own sizes, each of which fills batches of its own
 ENOUGH = 0.97  # of the best rate: beyond that a larger batch costs memory and latency for nothing
 SECONDS = 0.4  # for each candidate
 LONGEST = 0.5  # seconds that a batch may take: what a call costs besides its images is nothing to that
@@ -46,8 +47,10 @@ def choose_batch_size(spec: ModelSpec, info: ModelInfo, engine: str, device: str
 
 def remembered_batch_size(spec: ModelSpec, info: ModelInfo, engine: str, device: str) -> int | None:
     """What `choose_batch_size` returns where it need not measure; None where it must."""
-    if spec.is_noop or engine == "noop" or info.input_size is None:
+    if spec.is_noop or engine == "noop":
         return UNMEASURED[device]
+    if info.input_size is None:
+        return OWN_SIZES[device]
     path = _path(spec, engine, device)
     if path is None or not path.is_file():
         return None

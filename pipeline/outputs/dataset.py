@@ -36,7 +36,8 @@ CARD = "README.md"
 READ_ATTEMPTS = 5
 READ_BYTES = 2**20  # of an errors part, per column and step, whatever the size of a row group
 UNKNOWN = "unknown"  # the owner of files that are not ours
-NOT_OURS = (ValueError, KeyError, TypeError)  # what json and pyarrow say of files that others have put there
+# What json and pyarrow say of files that are damaged, or that others have put there; what a store says is our own.
+NOT_OURS = (ValueError, KeyError, TypeError, OSError, pa.ArrowException)
 
 Identity = dict[str, Any]
 T = TypeVar("T")
@@ -112,7 +113,7 @@ class Dataset:
         try:
             with self.open_part("errors", shard_id) as file:
                 yield pq.ParquetFile(file, pre_buffer=False, buffer_size=READ_BYTES)
-        except (*NOT_OURS, OSError, pa.ArrowException) as cause:
+        except NOT_OURS as cause:
             raise FatalError(
                 f"{self.part_url('errors', shard_id)} is damaged or not ours: {clean(cause)}. Delete it and run again:"
                 " its shard is done anew."
@@ -141,10 +142,16 @@ class Dataset:
         """What `_dataset.json` says. Raises NotFound where there is no dataset."""
         found = self.identity()
         if found is None:
+            if self.has_runs():
+                raise NotFound(f"{self.url} holds nothing yet: no run has committed a shard.")
             raise NotFound(
                 f"there is no dataset at {self.url}: it has no {IDENTITY}. Check the URL, or run a job first."
             )
         return found
+
+    def has_runs(self) -> bool:
+        """Whether a run has left its report here, if only that there was nothing to do."""
+        return next(self.store.each_below(self.path("_runs")), None) is not None
 
     def identity(self) -> Identity | None:
         """What `_dataset.json` says; None for a dataset that does not exist yet."""

@@ -440,3 +440,11 @@ def test_source_that_has_gone_is_a_change(source: Path) -> None:
     source.unlink()
     with pytest.raises(SourceChanged, match="has gone"):
         current_fingerprint(shard, Store())
+
+
+def test_the_files_of_the_dataset_are_no_input_by_whatever_link(tmp_path: Path) -> None:
+    touch(tmp_path, "photos/a.png", "real/data/a-1.parquet", "real/errors/a-1.parquet", "real/README.md")
+    (tmp_path / "photos/labels").symlink_to(tmp_path / "real")
+    for output in (tmp_path / "real", tmp_path / "photos/labels"):
+        (shard,) = discover(Input(url=str(tmp_path / "photos")), Store(), output=str(output))
+        assert [member.url.rpartition("/")[2] for member in shard.members] == ["a.png"]

@@ -224,15 +224,23 @@ def test_a_network_or_a_device_that_fails_is_not_blamed_on_images(
         predictor(block_of([1] * (BATCH + 1)))
 
 
-def test_torchs_own_error_is_recognised() -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB"),
+        ("AcceleratorError", "CUDNN_STATUS_ALLOC_FAILED"),
+        ("RuntimeError", "GET was unable to find an engine to execute this computation"),
+    ],
+)
+def test_what_libraries_say_for_want_of_memory_is_recognised(error: str, said: str) -> None:
     import torch
     from torch import Tensor
 
     from pipeline.model.torch_engine import TorchEngine
 
     def forward(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise getattr(torch, error, RuntimeError)(said)
 
     engine = TorchEngine(forward, torch.device("cpu"), None)
-    with pytest.raises(OutOfMemory, match=r"2\.00 GiB"):
+    with pytest.raises(OutOfMemory, match=said):
         engine(np.zeros((1, 8, 8, 3), np.uint8))
