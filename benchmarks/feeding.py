@@ -21,13 +21,11 @@ from pathlib import Path
 from typing import Annotated
 
 import psutil
-import ray
 import typer
 
 import pipeline
 from benchmarks.measuring import pss_mb
 from benchmarks.photographs import pack
-from pipeline.cluster import on_loopback
 from pipeline.config import Input, Transform
 from pipeline.inputs.shards import discover
 from pipeline.inputs.stream import pixel_blocks, read_rows
@@ -98,7 +96,7 @@ class Profile(threading.Thread):
 
     def cores(self) -> Counter[str]:
         """Cores by kind of process, over the middle of the run."""
-        (start, before), (end, after) = (self.samples[int(len(self.samples) * share)] for share in (0.4, 0.85))
+        (start, before), (end, after) = (self.samples[int(len(self.samples) * share)] for share in (0.5, 0.85))
         cores: Counter[str] = Counter()
         for pid, (name, seconds) in after.items():
             cores[name] += (seconds - before.get(pid, ("", 0.0))[1]) / (end - start)
@@ -120,9 +118,6 @@ def main(
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="feeding-") as folder:
         paths = pack(photographs, Path(folder), shards, per_shard)
-        with on_loopback():
-            ray.init(include_dashboard=False, log_to_driver=False)
-        ours(Path(folder))
         profile = Profile()
         profile.start()
         profiled = ours(Path(folder))
