@@ -29,6 +29,7 @@ from pipeline.storage import FileInfo, Store, is_local
 
 MAX_IMAGE_BYTES = 512 * 2**20  # a larger member, value or file is no photograph
 MAX_HEADER_BYTES = 4 * 2**20  # of one member, with its long name and extended attributes
+MAX_MEMBER_BYTES = 2**43  # of any member: to seek behind 2**44 is an error on many disks
 TAR_BUFFER = 2**20
 TAR_PADDING = 16 * 2**20  # how far behind the end of a compressed tar its checksum is looked for
 PARQUET_BUFFER = 4 * 2**20  # read per column and step; a request each on an object store
@@ -220,8 +221,7 @@ class _TarStream:
         return self._position
 
     def seek(self, position: int) -> int:
-        if position < self._position:
-            raise _broken("corrupt_shard", "a tar member has a negative size")
+        _check_size(position - self._position)
         if position > self._position:
             self._position = self._stream.seek(position)
         return self._position
@@ -231,6 +231,11 @@ class _TarStream:
         for _ in range(TAR_PADDING // TAR_BUFFER):
             if not self._stream.read(TAR_BUFFER):
                 return
+
+
+def _check_size(size: int) -> None:
+    if not 0 <= size < MAX_MEMBER_BYTES:
+        raise _broken("corrupt_shard", "a tar member has a negative or absurd size")
 
 
 class _StrictTarInfo(tarfile.TarInfo):
@@ -247,8 +252,8 @@ class _StrictTarInfo(tarfile.TarInfo):
         # tarfile would take zlib's errors for the end, too; the last four come out of its parsers of long headers.
         except (tarfile.HeaderError, zlib.error, ValueError, LookupError, ArithmeticError, RecursionError) as cause:
             raise _broken("corrupt_shard", f"a tar header is damaged: {clean(cause)}") from cause
-        if member.size < 0:
-            raise _broken("corrupt_shard", "a tar member has a negative size")
+        if not member.issparse():  # whose size is not what it takes here; `seek` looks at that
+            _check_size(member.size)
         return member
 
     def _proc_pax(self, tar: tarfile.TarFile) -> tarfile.TarInfo:

@@ -283,13 +283,35 @@ def test_headers_that_ask_for_too_much_are_damage(packed: Pack, block: bytes) ->
     assert packed(tar(("a.jpg", b"1"))[:1024] + block + bytes(4096)) == [("a", b"1"), (None, "corrupt_shard")]
 
 
+def lying(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A header block with any size, written in base 256 where octal digits do not do."""
+    block = bytearray(header(name, kind=kind))
+    block[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)  # type: ignore[attr-defined]
+    block[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(block))[0]  # type: ignore[attr-defined]
+    return bytes(block)
+
+
 @pytest.mark.parametrize("name", ["b.jpg", "b.txt"])
 @pytest.mark.parametrize("size", [-512, -1024, -1536, -(10**9)])  # the third points to the tar's beginning
 def test_negative_sizes_are_damage_and_no_loop(packed: Pack, name: str, size: int) -> None:
-    lie = bytearray(header(name))
-    lie[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)  # type: ignore[attr-defined]
-    lie[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(lie))[0]  # type: ignore[attr-defined]
-    assert packed(tar(("a.jpg", b"1"))[:1024] + bytes(lie) + bytes(4096)) == [("a", b"1"), (None, "corrupt_shard")]
+    block = lying(name, size)
+    assert packed(tar(("a.jpg", b"1"))[:1024] + block + bytes(4096)) == [("a", b"1"), (None, "corrupt_shard")]
+
+
+@pytest.mark.parametrize("size", [2**44, 2**50, 2**63 - 1, 2**63, 2**70])
+def test_absurd_sizes_are_damage(packed: Pack, size: int) -> None:
+    """In a header, in attributes, and of a sparse file, whose own size is another; plain and compressed."""
+    attributes = b"%d size=%d\n" % (7 + len(str(size)) + 2, size)
+    pax = header("pax", len(attributes), tarfile.XHDTYPE) + attributes.ljust(512, b"\0") + header("b.jpg")
+    for blocks in (lying("b.jpg", size), lying("b.txt", size), pax, lying("b.txt", size, tarfile.GNUTYPE_SPARSE)):
+        data = tar(("a.jpg", b"1"))[:1024] + blocks + bytes(4096)
+        assert packed(data) == [("a", b"1"), (None, "corrupt_shard")]
+        assert packed(gzip.compress(data), name="a.tgz") == [("a", b"1"), (None, "corrupt_shard")]
+
+
+def test_a_size_that_a_disk_may_have_is_skipped_or_cut_off(packed: Pack) -> None:
+    data = tar(("a.jpg", b"1"))[:1024] + lying("b.jpg", 2**43 - 512) + bytes(4096)
+    assert packed(data) == [("a", b"1"), ("b", "member_too_large"), (None, "truncated_shard")]
 
 
 changes = st.lists(st.tuples(st.integers(0, 6000), st.binary(min_size=1, max_size=12)), min_size=1, max_size=4)
