@@ -176,6 +176,9 @@ def _next_member(tar: tarfile.TarFile, stream: _TarStream) -> tarfile.TarInfo | 
     stream.allowance = MAX_HEADER_BYTES
     member = tar.next()
     tar.members.clear()  # type: ignore[attr-defined]  # a list that grows otherwise
+    # Attributes for all that follows, which pile up header after header; each may be within its allowance.
+    if sum(len(key) + len(value) for key, value in tar.pax_headers.items()) > MAX_HEADER_BYTES:
+        raise _broken("corrupt_shard", f"tar attributes for all members of more than {MAX_HEADER_BYTES} bytes")
     return member
 
 

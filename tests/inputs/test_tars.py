@@ -283,6 +283,20 @@ def test_headers_that_ask_for_too_much_are_damage(packed: Pack, block: bytes) ->
     assert packed(tar(("a.jpg", b"1"))[:1024] + block + bytes(4096)) == [("a", b"1"), (None, "corrupt_shard")]
 
 
+def for_all(**attributes: str) -> bytes:
+    """A PAX global header."""
+    return tarfile.TarInfo.create_pax_global_header(attributes)  # type: ignore[no-any-return]
+
+
+def test_attributes_for_all_members_do_not_pile_up(packed: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each header is small, and all of them are kept for what follows."""
+    monkeypatch.setattr(readers, "MAX_HEADER_BYTES", 10_000)
+    repeated = b"".join(for_all(same="x" * 3000) + tar((f"{n}.jpg", b"1"))[:1024] for n in range(10))
+    new = b"".join(for_all(**{f"new{n}": "x" * 3000}) + tar((f"{n}.jpg", b"1"))[:1024] for n in range(10))
+    assert packed(repeated + bytes(1024)) == [(str(n), b"1") for n in range(10)]
+    assert packed(new + bytes(1024)) == [*((str(n), b"1") for n in range(3)), (None, "corrupt_shard")]
+
+
 def lying(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
     """A header block with any size, written in base 256 where octal digits do not do."""
     block = bytearray(header(name, kind=kind))
