@@ -157,7 +157,7 @@ def _tar_images(raw: BinaryIO) -> Iterator[_Member]:
             stream.finish()
     except Reject as found:
         damage = found
-    except (EOFError, tarfile.ReadError) as cause:
+    except EOFError as cause:
         damage = _broken("truncated_shard", f"the tar is cut off: {clean(cause)}")
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error) as cause:
         damage = _broken("corrupt_shard", f"the tar is damaged: {clean(cause)}")
@@ -188,10 +188,7 @@ def _tar_content(member: tarfile.TarInfo, stream: _TarStream) -> Content:
     if member.size > MAX_IMAGE_BYTES:
         return _too_large(member.size)
     stream.allowance = member.size
-    data = stream.read(member.size)
-    if len(data) < member.size:
-        raise _broken("truncated_shard", f"the tar is cut off {member.size - len(data)} bytes before the end of a file")
-    return data
+    return stream.read(member.size)
 
 
 class _TarStream:
@@ -212,6 +209,9 @@ class _TarStream:
             raise _broken("corrupt_shard", f"a tar header of more than {MAX_HEADER_BYTES} bytes")
         data, self._again = self._again or self._stream.read(size), b""
         self._position += len(data)
+        if len(data) < size:
+            missing = f"{size - len(data)} bytes or more and its end marker are missing"
+            raise _broken("truncated_shard", f"the tar is cut off: {missing}")
         return data
 
     def read_again(self, data: bytes) -> None:
@@ -250,8 +250,6 @@ class _StrictTarInfo(tarfile.TarInfo):
             member = super().fromtarfile(tar)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
-        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError) as cause:  # type: ignore[attr-defined]
-            raise _broken("truncated_shard", "the tar ends without its end marker") from cause
         # tarfile would take zlib's errors for the end, too; the last four come out of its parsers of long headers.
         except (tarfile.HeaderError, zlib.error, ValueError, LookupError, ArithmeticError, RecursionError) as cause:
             raise _broken("corrupt_shard", f"a tar header is damaged: {clean(cause)}") from cause

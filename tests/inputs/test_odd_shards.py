@@ -119,6 +119,12 @@ def test_sparse_files_of_every_kind_are_error_rows(tmp_path: Path, sparse: bytes
     assert found(tmp_path / "a.tar") == [("s", "not_a_regular_member"), ("b", b"2")]
 
 
+@pytest.mark.parametrize("cut", [512, 600, 1536])
+def test_a_sparse_header_that_is_cut_off(tmp_path: Path, cut: int) -> None:
+    (tmp_path / "a.tar").write_bytes(tar(("a.jpg", b"1"))[:1024] + old_gnu_sparse("s.jpg", 3)[:cut])
+    assert found(tmp_path / "a.tar") == [("a", b"1"), (None, "truncated_shard")]
+
+
 def test_a_sparse_file_may_unfold_to_any_size(tmp_path: Path) -> None:
     sparse = tar((pax_sparse(major="1", minor="0", realsize=str(2**44), name="s.jpg"), b"1\n0\n1\n" + bytes(506)))
     (tmp_path / "a.tar").write_bytes(sparse[:2048] + tar(("b.jpg", b"2")))

@@ -171,10 +171,10 @@ MEMBERS = [("a.jpg", b"A" * 700), ("a.json", b"{}"), ("b.jpg", b"B" * 512), ("b"
 IMAGES: Found = [("a", b"A" * 700), ("b", b"B" * 512), ("b" * 120, b"C" * 1500)]
 
 
-@pytest.fixture(scope="module")
-def whole() -> bytes:
+@pytest.fixture(scope="module", params=[tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["gnu", "pax"])
+def whole(request: pytest.FixtureRequest) -> bytes:
     """Up to the end marker's two blocks, without more padding."""
-    data = tar(*MEMBERS, kind=tarfile.GNU_FORMAT)
+    data = tar(*MEMBERS, kind=request.param)
     return data[: ends(data)[-1] + -ends(data)[-1] % 512 + 1024]
 
 
@@ -184,7 +184,7 @@ def ends(data: bytes) -> list[int]:
 
 
 def test_tar_cut_off_anywhere_keeps_what_came_before(whole: bytes, packed: Pack) -> None:
-    """In a header, in data, in padding, at a member's border, before or in the end marker."""
+    """In a header, in a long name, in data, in padding, at a member's border, before or in the end marker."""
     marker = len(whole) - 1024
     borders = {place + step for place in [*range(0, len(whole), 512), *ends(whole)] for step in (-1, 0, 1)}
     for cut in sorted((borders | set(range(0, len(whole), 61))) & set(range(len(whole)))):
