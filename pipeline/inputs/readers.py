@@ -264,7 +264,13 @@ class _StrictTarInfo(tarfile.TarInfo):
         if not _is_pax(body[: self.size]):
             raise _broken("corrupt_shard", "the attributes of a tar member are damaged")
         stream.read_again(body)
-        return cast(tarfile.TarInfo, super()._proc_pax(tar))  # type: ignore[misc]
+        try:
+            return cast(tarfile.TarInfo, super()._proc_pax(tar))  # type: ignore[misc]
+        except tarfile.SubsequentHeaderError as cause:  # type: ignore[attr-defined]
+            # Attributes for all that follows may be followed by nothing; those of one member may not.
+            if self.type == tarfile.XGLTYPE and isinstance(cause.__context__, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
+                raise cause.__context__ from None
+            raise
 
 
 def _is_pax(body: bytes) -> bool:

@@ -297,6 +297,22 @@ def test_attributes_for_all_members_do_not_pile_up(packed: Pack, monkeypatch: py
     assert packed(new + bytes(1024)) == [*((str(n), b"1") for n in range(3)), (None, "corrupt_shard")]
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_attributes_for_all_members_without_members_are_no_damage(packed: Pack, count: int) -> None:
+    """`git archive` writes such a tar of an empty tree."""
+    headers = for_all(comment="x") * count
+    assert packed(headers + bytes(1024)) == []
+    assert packed(gzip.compress(headers + bytes(10_240)), name="a.tgz") == []
+    assert packed(tar(("a.jpg", b"1"))[:1024] + headers + bytes(1024)) == [("a", b"1")]
+    assert packed(headers) == [(None, "truncated_shard")]
+
+
+def test_attributes_of_a_member_that_is_not_there_are_damage(packed: Pack) -> None:
+    own = header("pax", 8, tarfile.XHDTYPE) + b"8 a=bcd\n".ljust(512, b"\0")
+    for headers in (own, for_all(comment="x") + own, own + for_all(comment="x")):
+        assert packed(headers + bytes(1024)) == [(None, "corrupt_shard")]
+
+
 def lying(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
     """A header block with any size, written in base 256 where octal digits do not do."""
     block = bytearray(header(name, kind=kind))
