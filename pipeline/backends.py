@@ -123,8 +123,8 @@ class Backend(Protocol):
 
     def open(self, url: str, read_ahead: bool) -> Opened: ...
 
-    def read(self, url: str) -> tuple[bytes, str]:
-        """A whole file and its version."""
+    def read(self, url: str, limit: int = -1) -> tuple[bytes, str]:
+        """A whole file, or the first `limit` bytes of a longer one, and its version."""
 
     def put(self, url: str, data: bytes | Path) -> str:
         """Write or replace atomically; answers the version that was written."""
@@ -154,10 +154,10 @@ class LocalDisk:
         found = os.fstat(file.fileno())
         return Opened(file, _version_of(found), found.st_size)
 
-    def read(self, url: str) -> tuple[bytes, str]:
+    def read(self, url: str, limit: int = -1) -> tuple[bytes, str]:
         opened = self.open(url, read_ahead=False)
         with opened.file as file:
-            return file.read(), opened.version
+            return file.read(limit), opened.version
 
     def put(self, url: str, data: bytes | Path) -> str:
         with _Temporary(local_path(url)) as temporary:

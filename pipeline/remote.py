@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 import tempfile
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -23,6 +22,7 @@ from pipeline.config import Storage
 from pipeline.errors import ConfigError, StoreUnavailable, redact
 
 READ_AHEAD = 8 * 2**20  # bytes
+COPY_BYTES = 2**20  # at once, of a file that only comes as a whole
 LIST_PAGE = 1000  # keys; S3's limit
 MAX_SINGLE_PUT = 5 * 2**30  # bytes; S3's limit
 MULTIPART_CHUNK = 64 * 2**20  # bytes; of at most 10,000
@@ -73,10 +73,10 @@ class Fsspec:
         info = self.info(url)
         return Opened(self.fs.open(url, "rb", **_cache(read_ahead)), info.version, info.size)
 
-    def read(self, url: str) -> tuple[bytes, str]:
+    def read(self, url: str, limit: int = -1) -> tuple[bytes, str]:
         opened = self.open(url, read_ahead=False)
         with opened.file as file:
-            return file.read(), opened.version
+            return file.read(limit), opened.version
 
     def put(self, url: str, data: bytes | Path) -> str:
         raise self._read_only(url)
@@ -121,7 +121,13 @@ class Web(Fsspec):
             f"cannot list {folder}: a web server has no listings. Name each file, or a .txt list of them."
         )
 
-    def open(self, url: str, read_ahead: bool) -> Opened:
+    def read(self, url: str, limit: int = -1) -> tuple[bytes, str]:
+        opened = self.open(url, read_ahead=False, limit=limit)
+        with opened.file as file:
+            return file.read(limit), opened.version
+
+    def open(self, url: str, read_ahead: bool, limit: int = -1) -> Opened:
+        """With `limit`, a file of which the server names no length may end there."""
         from fsspec.implementations.http import HTTPStreamFile
 
         details = self._call("info", url)
@@ -132,7 +138,8 @@ class Web(Fsspec):
         if isinstance(file, HTTPStreamFile):  # the server names no length, or takes no requests for ranges
             whole = tempfile.SpooledTemporaryFile(READ_AHEAD)  # noqa: SIM115 - who opens it closes it
             with file as stream:
-                shutil.copyfileobj(stream, whole)
+                while (limit < 0 or whole.tell() < limit) and (data := stream.read(COPY_BYTES)):
+                    whole.write(data)
             size = whole.tell()
             whole.seek(0)
             return Opened(cast("IO[bytes]", whole), _version(details), size)
@@ -185,12 +192,12 @@ class S3(Fsspec):
         info = FileInfo(url, head["ContentLength"], _unquoted(head))
         return Opened(_S3File(self, info, read_ahead), info.version, info.size, self._md5(head) if read_ahead else None)
 
-    def read(self, url: str) -> tuple[bytes, str]:
+    def read(self, url: str, limit: int = -1) -> tuple[bytes, str]:
         data, answer = self.get(url)
         md5 = self._md5(answer)
         if md5 is not None and hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
             raise damaged(url)
-        return data, _unquoted(answer)
+        return data if limit < 0 else data[:limit], _unquoted(answer)
 
     def get(self, url: str, **conditions: str) -> tuple[bytes, dict[str, Any]]:
         """One GET: its body, and what was answered. The deadline includes the body."""

@@ -184,9 +184,12 @@ class Store:
             raise _changed(url)
         return cast(BinaryIO, _RetryingFile(opened, url, self))
 
-    def read(self, url: str, version: str | None = None) -> bytes:
-        """A whole file, from an object store by one GET, whose checksum is verified; `version` as in `open`."""
-        data, found = self._retry_reading(lambda: self._at(url).read(canonical(url)), "read", url)
+    def read(self, url: str, version: str | None = None, limit: int = -1) -> bytes:
+        """A whole file, from an object store by one GET, whose checksum is verified; `version` as in `open`.
+
+        With `limit` no more than its first bytes, since a web server may not say how many there are.
+        """
+        data, found = self._retry_reading(lambda: self._at(url).read(canonical(url), limit), "read", url)
         if version not in (None, found):
             raise _changed(url)
         return data

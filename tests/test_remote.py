@@ -27,6 +27,7 @@ from pipeline.errors import (
     SourceChanged,
     StoreUnavailable,
 )
+from pipeline.inputs import readers
 from pipeline.inputs.readers import read
 from pipeline.inputs.shards import discover
 from pipeline.storage import Store
@@ -167,6 +168,7 @@ class Website(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.has_ranges, self.refuses_ranges = True, False
         self.status: int | None = None
+        self.has_lengths, self.sent = True, 0
 
     def handle_error(self, *args: object) -> None:
         """Quiet: a client that has read enough of a file hangs up."""
@@ -179,6 +181,10 @@ class _Page(SimpleHTTPRequestHandler):
         path = Path(self.translate_path(self.path))
         if self.server.status is not None:
             return self.send_error(self.server.status)
+        if not self.server.has_lengths:
+            self.send_response(200)
+            self.end_headers()
+            return path.open("rb")
         if not self.server.has_ranges or not path.is_file():
             return super().send_head()
         data = path.read_bytes()
@@ -199,6 +205,11 @@ class _Page(SimpleHTTPRequestHandler):
         if self.server.refuses_ranges:
             self.send_header("Accept-Ranges", "none")
         super().end_headers()
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        while data := source.read(100_000):
+            outputfile.write(data)
+            self.server.sent += len(data)
 
     def log_message(self, *args: object) -> None:
         pass
@@ -224,6 +235,7 @@ def test_files_of_a_web_server(website: Website, tmp_path: Path, has_ranges: boo
                 assert file.seek(-1000, 2) == len(DATA) - 1000
                 assert file.read() == DATA[-1000:]
     assert Store().read(url, info.version) == DATA
+    assert [Store().read(url, limit=limit) for limit in (1000, 10**6)] == [DATA[:1000], DATA]
     (tmp_path / "a b.bin").write_bytes(DATA[:-1] + b"x")
     os.utime(tmp_path / "a b.bin", (0, 0))
     with pytest.raises(SourceChanged):
@@ -241,6 +253,23 @@ def test_a_file_is_read_as_a_whole_from_a_server_that_takes_no_ranges(
         assert file.seek(-1000, 2) == len(DATA) - 1000
         assert file.read() == DATA[-1000:]
     assert Store().read(f"{website.url}/x") == DATA
+
+
+def test_of_a_file_without_a_length_no_more_is_read_than_an_image_may_have(
+    website: Website, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "MAX_IMAGE_BYTES", 1000)
+    website.has_lengths = False
+    for name, size in {"small.jpg": 1000, "large.jpg": 200_000_000}.items():
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, size)
+    config = Input(url=[f"{website.url}/small.jpg", f"{website.url}/large.jpg"])
+    found = [sample for shard in discover(config, Store()) for sample in read(shard, config, Store())]
+    assert [(sample.key, sample.reject and sample.reject.error) for sample in found] == [
+        ("large.jpg", "member_too_large"),
+        ("small.jpg", None),
+    ]
+    assert website.sent < 100_000_000  # what was under way is lost
 
 
 def test_a_web_file_never_mixes_two_versions(website: Website, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

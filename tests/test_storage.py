@@ -91,6 +91,7 @@ def test_put_answers_the_version_that_everything_else_shows(place: Place, tmp_pa
     with place.store.open(url, version) as file:
         assert file.read() == b"content"
     assert place.store.read(url, version) == b"content"
+    assert [place.store.read(url, limit=limit) for limit in (0, 3, 9)] == [b"", b"con", b"content"]
     assert (tmp_path / "source").read_bytes() == b"content"
 
 

@@ -409,4 +409,6 @@ def _in_order(members: tuple[FileInfo, ...], store: Store) -> Iterator[tuple[Fil
 def _read_file(member: FileInfo, store: Store) -> Content:
     if member.size > MAX_IMAGE_BYTES:
         return _too_large(member.size)
-    return store.read(member.url, member.version)
+    limit = -1 if member.size else MAX_IMAGE_BYTES + 1  # where a web server has named no size, anything may come
+    data = store.read(member.url, member.version, limit)
+    return data if len(data) <= MAX_IMAGE_BYTES else _broken("member_too_large", f"more than {MAX_IMAGE_BYTES} bytes")

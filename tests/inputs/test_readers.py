@@ -150,9 +150,9 @@ class FailingStore(Store):
         after, self.left = self.left, self.left - 100_000
         return cast(BinaryIO, FailingFile(file, after, self.error))
 
-    def read(self, url: str, version: str | None = None) -> bytes:
+    def read(self, url: str, version: str | None = None, limit: int = -1) -> bytes:
         with self.open(url, version) as file:
-            return file.read()
+            return file.read(limit)
 
 
 @pytest.mark.parametrize("error", [StoreUnavailable("down"), AccessDenied("no"), SourceChanged("new")], ids=repr)
