@@ -348,7 +348,8 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 def _is_text(kind: pa.DataType) -> bool:
     """Whether values of a type can be keys."""
-    return not pa.types.is_nested(_plain(kind))
+    plain = _plain(kind)
+    return not pa.types.is_nested(plain.storage_type if isinstance(plain, pa.BaseExtensionType) else plain)
 
 
 def _parquet_rows(batch: pa.RecordBatch, image: str, key: str | None, first_row: int) -> Items:
@@ -378,8 +379,18 @@ def _texts(values: pa.Array) -> list[str | None]:
     if isinstance(values, pa.ExtensionArray):
         values = values.storage
     if not _holds_bytes(values.type):
-        values = values.cast(pa.string())
+        values = _as_text(values)
     return [None if v is None else v.decode("utf-8", "backslashreplace") for v in values.cast(pa.binary()).to_pylist()]
+
+
+def _as_text(values: pa.Array) -> pa.Array:
+    try:
+        return values.cast(pa.string())
+    except pa.ArrowInvalid:
+        if not pa.types.is_timestamp(values.type):
+            raise
+        # Writers use more names of time zones (`Z`, `GMT+2`) than Arrow's database has. Without its zone it is UTC.
+        return values.cast(pa.timestamp(values.type.unit)).cast(pa.string())
 
 
 # --- Loose files ---------------------------------------------------------------------------------------------------

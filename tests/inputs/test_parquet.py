@@ -21,6 +21,9 @@ from tests.inputs.reading import found, parquet, samples
 
 JPEGS = [b"first", b"second one", b""]
 PATHS = ["x/1.jpg", None, "3.jpg"]
+TENSOR = pa.ExtensionArray.from_storage(
+    pa.fixed_shape_tensor(pa.int32(), [2]), pa.array([[1, 2]], pa.list_(pa.int32(), 2))
+)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +109,13 @@ def test_key_column(tmp_path: Path, values: Any, keys: list[str]) -> None:
     assert [key for key, _ in found(path, image="image", key="id")] == keys
 
 
+@pytest.mark.parametrize(("zone", "ending"), [("UTC", "Z"), ("Z", ""), ("GMT+2", ""), ("Nowhere", "")])
+def test_key_column_of_times_in_a_zone(tmp_path: Path, zone: str, ending: str) -> None:
+    """Arrow cannot write a time as text where its database lacks the zone."""
+    path = parquet(tmp_path, {"id": pa.array([0, None], pa.timestamp("us", zone)), "image": [b"1", b"2"]})
+    assert found(path, key="id") == [(f"1970-01-01 00:00:00.000000{ending}", b"1"), ("1", b"2")]
+
+
 def test_texts_that_are_not_utf8_are_escaped(tmp_path: Path) -> None:
     raw = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xff/")])
     path = parquet(tmp_path, {"image": [b"1"], "id": raw})
@@ -122,6 +132,7 @@ def test_texts_that_are_not_utf8_are_escaped(tmp_path: Path) -> None:
         ({"a": [[b"1"]]}, {}, r"no column holds bytes.* a \(list<"),
         ({"a": [b"1"]}, {"key": "id"}, r"input.key=id is not .* a \(binary\)"),
         ({"a": [b"1"], "id": [[1]]}, {"key": "id"}, r"input.key=id is not .* id \(list<"),
+        ({"a": [b"1"], "id": TENSOR}, {"key": "id"}, r"input.key=id is not .* id \(extension<"),
     ],
 )
 def test_missing_columns_are_one_error_row_that_lists_what_is_there(
