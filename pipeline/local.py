@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from pipeline.calibration import known_spec
 from pipeline.config import JobConfig, Output
-from pipeline.errors import ConfigError, Reject, clean
+from pipeline.errors import ConfigError, PipelineError, Reject, clean
 from pipeline.inputs.images import eight_bits
 from pipeline.inputs.readers import read
 from pipeline.inputs.shards import Shard, discover, printable
@@ -140,7 +140,9 @@ def _row(number: int, image: Any, store: Store) -> Row:
     name = _name(image, number)
     try:
         return Row(0, Kind.SAMPLE, number, name, _encoded(image, store))
-    except (OSError, SyntaxError, ValueError) as cause:  # Pillow reads a file's pixels when they are asked for
+    except (PipelineError, MemoryError):
+        raise
+    except Exception as cause:  # noqa: BLE001 - Pillow reads a file's pixels now, and raises whatever they lead it to
         return Row(0, Kind.ERROR, number, name, reject=Reject("decode", "corrupt", clean(cause)))
 
 

@@ -208,6 +208,16 @@ def test_a_file_that_pillow_opened_and_cannot_read_is_an_error_row(config: dict[
     assert rows[1]["error"] is None
 
 
+def test_an_avif_that_pillow_opened_and_cannot_read_is_an_error_row(config: dict[str, Any], images: list[Image.Image]):
+    """Here Pillow raises a RuntimeError."""
+    data = bytearray(saved(images[0].convert("RGB").resize((64, 64)), "AVIF"))
+    begin = data.index(b"mdat") + 20
+    data[begin:] = b"\xff" * (len(data) - begin)
+    opened, read = pipeline.predict([Image.open(io.BytesIO(data)), bytes(data)], config).to_pylist()
+    assert (opened["error"], opened["message"]) == (read["error"], read["message"])
+    assert opened["error"] == "corrupt"
+
+
 def test_several_are_anything_that_gives_images(config: dict[str, Any], pngs: list[bytes], images: list[Image.Image]):
     expected = pipeline.predict(pngs[:3], config)["class_id"].to_pylist()
     arrays = np.stack([np.asarray(image.convert("RGB")) for image in images[:3]])
