@@ -18,7 +18,8 @@ from typing import Any
 
 from pipeline.config import JobConfig
 from pipeline.errors import ConfigError, FatalError, NotFound, SourceChanged, redact
-from pipeline.inputs.readers import Sample, read
+from pipeline.inputs.readers import read
+from pipeline.inputs.samples import Sample
 from pipeline.inputs.shards import IMAGE_SUFFIXES, Shard
 from pipeline.outputs.dataset import Dataset, undisturbed
 from pipeline.outputs.schema import Footer

@@ -20,7 +20,7 @@ from pipeline.error_rows import file_name
 from pipeline.errors import ConfigError, NotFound
 from pipeline.examples.digits import encode_png, load_digits_images
 from pipeline.examples.tars import write_tar
-from pipeline.inputs.readers import Sample
+from pipeline.inputs.samples import Sample
 from pipeline.outputs.schema import Footer, errors_schema, write_parquet
 from pipeline.storage import Store
 from tests.support.datasets import commit_all

@@ -21,7 +21,7 @@ import pytest
 from pipeline import remote
 from pipeline.config import Input, Storage
 from pipeline.errors import AccessDenied, ConfigError, NotFound, OutcomeUnknown, StoreFull, StoreUnavailable
-from pipeline.inputs import readers
+from pipeline.inputs import tars
 from pipeline.inputs.readers import read
 from pipeline.inputs.shards import discover
 from pipeline.storage import Store
@@ -260,7 +260,7 @@ def test_a_bit_that_flips_in_a_tar_leaves_the_shard_open(
     """Wherever it is: in a header, an image, a member that is skipped, or behind the end; never wrong bytes, and no
     damage recorded that the store does not have."""
     monkeypatch.setattr(remote, "READ_AHEAD", 30_000)
-    monkeypatch.setattr(readers, "TAR_BUFFER", 10_000)
+    monkeypatch.setattr(tars, "TAR_BUFFER", 10_000)
     data = tar(("a.jpg", os.urandom(50_000)), ("a.bin", os.urandom(150_000)), ("b.jpg", os.urandom(40_000)))
     data = {"tar": data + bytes(60_000), "tar.gz": gzip.compress(data, 1), "truncated.tar": data[:220_000]}[kind]
     read_shard = shard_on(line, s3, f"flipped.{kind}", data)

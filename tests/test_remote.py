@@ -27,7 +27,7 @@ from pipeline.errors import (
     SourceChanged,
     StoreUnavailable,
 )
-from pipeline.inputs import readers
+from pipeline.inputs import samples
 from pipeline.inputs.readers import read
 from pipeline.inputs.shards import discover
 from pipeline.storage import Store
@@ -258,7 +258,7 @@ def test_a_file_is_read_as_a_whole_from_a_server_that_takes_no_ranges(
 def test_of_a_file_without_a_length_no_more_is_read_than_an_image_may_have(
     website: Website, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "MAX_IMAGE_BYTES", 1000)
+    monkeypatch.setattr(samples, "MAX_IMAGE_BYTES", 1000)
     website.has_lengths = False
     for name, size in {"small.jpg": 1000, "large.jpg": 200_000_000}.items():
         (tmp_path / name).touch()

@@ -29,7 +29,8 @@ from pipeline import submission
 from pipeline.config import Input, Transform, load_config, make_config
 from pipeline.errors import ConfigError, FatalError, Reject
 from pipeline.inputs.images import decode
-from pipeline.inputs.readers import Sample, read
+from pipeline.inputs.readers import read
+from pipeline.inputs.samples import Sample
 from pipeline.inputs.shards import discover
 from pipeline.storage import Store
 from pipeline.submission import ENTRYPOINT, pack

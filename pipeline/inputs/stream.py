@@ -15,7 +15,8 @@ from pipeline.config import Input, Transform
 from pipeline.deaths import Guard
 from pipeline.errors import PipelineError, Reject, redact
 from pipeline.inputs.images import Pixels, decode, encoded
-from pipeline.inputs.readers import Sample, read
+from pipeline.inputs.readers import read
+from pipeline.inputs.samples import Sample
 from pipeline.inputs.shards import Shard, printable
 from pipeline.rows import PIXELS, SAMPLES, Kind, Row, identity_and_verdict
 from pipeline.storage import Store

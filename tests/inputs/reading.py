@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import Input
-from pipeline.inputs.readers import Sample, read
+from pipeline.inputs.readers import read
+from pipeline.inputs.samples import Sample
 from pipeline.inputs.shards import Shard, discover
 from pipeline.storage import Store
 

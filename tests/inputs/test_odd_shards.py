@@ -24,7 +24,7 @@ import pytest
 from pipeline import remote
 from pipeline.config import Input, Storage
 from pipeline.errors import SourceChanged
-from pipeline.inputs import readers
+from pipeline.inputs import parquet
 from pipeline.inputs.readers import read
 from pipeline.inputs.shards import current_fingerprint, discover
 from pipeline.inputs.stream import read_rows
@@ -288,7 +288,7 @@ def test_bytes_of_two_versions_never_mix_on_s3(
     s3: S3Server, kind: str, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "READ_AHEAD", 200_000)
-    monkeypatch.setattr(readers, "PARQUET_BUFFER", 200_000)
+    monkeypatch.setattr(parquet, "PARQUET_BUFFER", 200_000)
     s3.become(monkeypatch, s3.owner)
     client, key = s3.client(s3.owner), f"{change}.{kind}"
     client.put_object(Bucket="raw", Key=key, Body=packed(kind, PICTURES))

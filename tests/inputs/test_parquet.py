@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.inputs import readers
 from tests.inputs.reading import found, parquet, samples
 
 JPEGS = [b"first", b"second one", b""]
@@ -158,7 +157,7 @@ def test_no_rows(tmp_path: Path) -> None:
 
 
 def test_values_that_are_too_large_are_error_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_IMAGE_BYTES", 10)
+    monkeypatch.setattr("pipeline.inputs.samples.MAX_IMAGE_BYTES", 10)
     path = parquet(tmp_path, {"image": [b"x" * 10, b"x" * 11, b"y"]})
     assert found(path) == [("0", b"x" * 10), ("1", "member_too_large"), ("2", b"y")]
 

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import AccessDenied, PipelineError, SourceChanged, StoreUnavailable
-from pipeline.inputs import readers
-from pipeline.inputs.readers import Sample, read
+from pipeline.inputs.readers import read
+from pipeline.inputs.samples import Sample
 from pipeline.storage import Store
 from tests.inputs.reading import found, parquet, samples, shards_of
 from tests.support.tars import header, measure, tar
@@ -41,7 +41,7 @@ def test_loose_files_in_order_of_their_paths(loose: Path) -> None:
 
 
 def test_loose_files_that_are_too_large(loose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_IMAGE_BYTES", 5)
+    monkeypatch.setattr("pipeline.inputs.samples.MAX_IMAGE_BYTES", 5)
     assert dict(found(loose)) == {
         "b.jpg": b"b.jpg",
         "b/empty.gif": b"",

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.inputs import readers
+from pipeline.inputs import tars
 from tests.inputs.reading import Found, found, samples
 from tests.support.tars import header, member, tar
 
@@ -159,7 +159,7 @@ def test_names_are_never_paths(packed: Pack, tmp_path: Path, monkeypatch: pytest
 
 
 def test_members_that_are_too_large_are_error_rows(packed: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_IMAGE_BYTES", 1000)
+    monkeypatch.setattr("pipeline.inputs.samples.MAX_IMAGE_BYTES", 1000)
     data = tar(("a.jpg", bytes(1000)), ("b.jpg", bytes(1001)), ("b.json", bytes(5000)), ("c.jpg", b"3"))
     for name, content in {"shard.tar": data, "shard.tgz": gzip.compress(data)}.items():
         assert packed(content, name=name) == [("a", bytes(1000)), ("b", "member_too_large"), ("c", b"3")]
@@ -290,7 +290,7 @@ def for_all(**attributes: str) -> bytes:
 
 def test_attributes_for_all_members_do_not_pile_up(packed: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each header is small, and all of them are kept for what follows."""
-    monkeypatch.setattr(readers, "MAX_HEADER_BYTES", 10_000)
+    monkeypatch.setattr(tars, "MAX_HEADER_BYTES", 10_000)
     repeated = b"".join(for_all(same="x" * 3000) + tar((f"{n}.jpg", b"1"))[:1024] for n in range(10))
     new = b"".join(for_all(**{f"new{n}": "x" * 3000}) + tar((f"{n}.jpg", b"1"))[:1024] for n in range(10))
     assert packed(repeated + bytes(1024)) == [(str(n), b"1") for n in range(10)]
