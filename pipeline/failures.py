@@ -51,15 +51,22 @@ def readable(error: BaseException) -> BaseException:
 
 
 def _told(text: str) -> PipelineError:
-    """What an actor raised, by its traceback: Ray keeps no more of it than that text."""
-    first = text.partition("\n\nThe above exception was the direct cause")[0]
-    found = re.search(r"^([\w.]+)(?:: (.*))?$", first.rpartition('\n  File "')[2], re.MULTILINE)
-    module, _, name = (found[1] if found else "").rpartition(".")
-    message = (found[2] if found else None) or first
-    kind = getattr(errors, name, None) if module == errors.__name__ else None
-    if isinstance(kind, type) and issubclass(kind, PipelineError):
-        return kind(message)
+    """What an actor raised, by its traceback: Ray keeps no more of it than that text. Where one error came of another,
+    that of ours; else the first."""
+    raised = [_raised(part) for part in text.split("\n\nThe above exception was the direct cause")]
+    for module, name, message in reversed(raised):
+        kind = getattr(errors, name, None) if module == errors.__name__ else None
+        if isinstance(kind, type) and issubclass(kind, PipelineError):
+            return kind(message)
+    _, name, message = raised[0]
     return _failed(name, message)
+
+
+def _raised(traceback: str) -> tuple[str, str, str]:
+    """Module, name and message of the error at the end of a traceback."""
+    found = re.search(r"^([\w.]+)(?:: (.*))?$", traceback.rpartition('\n  File "')[2], re.MULTILINE)
+    module, _, name = (found[1] if found else "").rpartition(".")
+    return module, name, (found[2] if found else None) or traceback
 
 
 def _failed(name: str, message: str) -> Stopped:

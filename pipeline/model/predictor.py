@@ -12,10 +12,9 @@ from typing import NoReturn
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.deaths import LONE_DEATHS, SPLIT_AFTER, NoNotes, Notes, killer
-from pipeline.errors import FatalError, Reject, clean
+from pipeline.errors import FatalError, PipelineError, Reject, clean
 from pipeline.model.engines import OutOfMemory, load_engine
 from pipeline.model.results import Batch, Results, Wanted, connect
 from pipeline.model.spec import ModelInfo, ModelSpec
@@ -261,12 +260,18 @@ def _is_of_device(cause: Exception) -> bool:
 
 
 def _give_up(cause: Exception, images: pa.Table) -> NoReturn:
-    if not isinstance(cause, OutOfMemory):
+    """Trouble of the device is raised as it is: another worker may do better. A network's would come again."""
+    if isinstance(cause, PipelineError) or _is_of_device(cause):
         raise cause
-    width, height = (pc.max(images[name]).as_py() for name in IMAGE_SIZE)
+    width, height = (images[name][0].as_py() for name in IMAGE_SIZE)
+    if isinstance(cause, OutOfMemory):
+        raise FatalError(
+            f"the device has not enough memory for a single image of {width} x {height} pixels. Use a larger device,"
+            " runtime.device=cpu, or a smaller model.transform."
+        ) from cause
     raise FatalError(
-        f"the device has not enough memory for a single image of {width} x {height} pixels. Use a larger device,"
-        " runtime.device=cpu, or a smaller model.transform."
+        f"the network fails with images of {width} x {height} pixels: {clean(cause)}. Set model.transform.resize and"
+        " crop to a size that it takes."
     ) from cause
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -125,10 +126,12 @@ class Unmade:
 
 
 @ray.remote(max_retries=0, num_cpus=0)
-def wraps(error: Exception) -> None:
+def wraps(error: Exception, origin: Exception | None = None) -> None:
     """As Ray Data does with what a callable class raises."""
     try:
-        raise error
+        with contextlib.suppress(RuntimeError):
+            raise origin or RuntimeError  # so that it has a traceback
+        raise error from origin
     except Exception as cause:
         raise ray.exceptions.UserCodeException("UDF failed to process a data block.") from cause
 
@@ -150,6 +153,7 @@ def unmade() -> Any:
         (lambda: raises.remote(RuntimeError("CUDA error")), Stopped, "a worker failed with RuntimeError: CUDA error"),
         (lambda: raises.remote(ConfigError("no such engine")), ConfigError, "no such engine"),
         (lambda: wraps.remote(FatalError("no memory. Use another.")), FatalError, "no memory. Use another."),
+        (lambda: wraps.remote(FatalError("too small"), RuntimeError("mat1")), FatalError, "too small"),
         (
             lambda: wraps.remote(RuntimeError("mat1 and mat2\nNote: shapes")),
             Stopped,
