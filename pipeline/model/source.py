@@ -86,6 +86,11 @@ def load_callable(source: Source) -> Callable[..., Any]:
         found = reduce(getattr, source.callable.split("."), module)
     except PipelineError:
         raise
+    except SystemExit as error:
+        raise ConfigError(
+            f"model.name: cannot import {name}: its module ends the process as it is imported (argparse at module"
+            " level?). Put that under if __name__ == '__main__'."
+        ) from error
     except Exception as error:  # whatever a module does as it is imported
         raise ConfigError(
             f"model.name: cannot import {name} on this node: {clean(error)}. Only the .py files of its own package"

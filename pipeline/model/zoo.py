@@ -235,6 +235,11 @@ def _make(factory: Callable[[], Any], spec: ModelSpec) -> nn.Module:
             body = factory()
         except PipelineError:
             raise
+        except SystemExit as error:
+            raise ConfigError(
+                f"model.name: {spec.name} ends the process as it is called (argparse?). It is called by another"
+                " program, whose command line is not its own: give its arguments defaults."
+            ) from error
         except Exception as error:
             advice = (
                 "Of its files only Python's travel: name others by a path that every node has, weights in model.weights"

@@ -481,6 +481,11 @@ def test_one_class_is_no_prediction(custom):
     [
         ("raise KeyError('A_VARIABLE')\ndef Net():\n    pass", "cannot import net:Net on this node: .*A_VARIABLE"),
         ("def Net():\n    return nn.Sequential(nn.Flatten(), nn.LazyLinear(3))", "has lazy layers"),
+        (
+            "raise SystemExit(2)\ndef Net(): ...",
+            "its module ends the process as it is imported.*__name__ == '__main__'",
+        ),
+        ("def Net():\n    raise SystemExit(2)", r"net:Net ends the process as it is called \(argparse\?\)"),
         ("def Net(depth):\n    return Base()", "calling net:Net failed with TypeError: .*missing 1 required"),
         ("def Net():\n    return 3", "returned a int, not an nn.Module"),
         ("def Net():\n    return Base().no_such", "calling net:Net failed with AttributeError"),
