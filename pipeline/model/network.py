@@ -20,6 +20,7 @@ from pipeline.errors import ConfigError, clean
 Executed = list[tuple[nn.Linear, Any]]  # each with its input, in order
 
 ROW_TOLERANCE = 1e-3  # of the greatest value of a row; some 1e-6 is usual
+SUM_TOLERANCE = 1e-4  # of the sum of a row of probabilities
 PROBE_SIZES = (224, 32, 64, 96, 28)  # pixels; tried in turn where the transform sets no size
 
 
@@ -103,9 +104,14 @@ def find_head(body: nn.Module, input_size: int | None, name: str) -> Head:
     return Head(linear, linear_name, num_classes, embedding_dim, size, is_contiguous)
 
 
-def check_rows(network: Network, name: str) -> None:
-    """ConfigError where an image's results depend on the images beside it, or on chance: they would change with how
-    images are batched."""
+def ends_in_softmax(logits: Tensor) -> bool:
+    """Whether what a network returns for images of noise (N, C) is probabilities."""
+    return logits.shape[1] > 1 and bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() < SUM_TOLERANCE).all())
+
+
+def check_rows(network: Network, name: str) -> Tensor:
+    """The logits of three images of noise. ConfigError where an image's results depend on the images beside it, or on
+    chance: they would change with how images are batched."""
     side = network.head.input_size
     noise = torch.randint(0, 256, (4, side, side, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     try:
@@ -125,6 +131,8 @@ def check_rows(network: Network, name: str) -> None:
                 f"the network {name} gives an image other numbers beside other images, or by chance. Give its batch"
                 " norms running statistics (track_running_stats=True), and let dropout depend on self.training."
             )
+    logits: Tensor = beside[0][0]
+    return logits
 
 
 def _width(found: Any, what: str) -> int:

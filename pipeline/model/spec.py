@@ -91,6 +91,7 @@ class ModelInfo:
     classes: tuple[str, ...] | None
     transform: Transform
     embedding_dim: int
+    ends_in_softmax: bool = False
 
     @property
     def input_size(self) -> int | None:
@@ -104,11 +105,17 @@ def suffix_of(url: str) -> str:
 
 
 def result_columns(output: Output, info: ModelInfo) -> Columns:
-    """Raises ConfigError where a network can't tell classes apart."""
+    """Raises ConfigError where a network can't tell classes apart, or returns probabilities for logits."""
     if output.predictions and info.num_classes == 1:
         raise ConfigError(
             "output.predictions: the network has one class, so every image would be of it, with the score 1. Give the"
             " network two logits, for no and yes, or set output.predictions=false for embeddings alone."
+        )
+    if output.predictions and info.ends_in_softmax:
+        raise ConfigError(
+            "output.predictions: the network returns probabilities where logits are needed, and a second softmax would"
+            " make their scores nearly equal. Leave out the one that it ends in, or set output.predictions=false for"
+            " embeddings alone."
         )
     return Columns(output.predictions, output.embeddings, output.embedding_dtype, info.embedding_dim)
 

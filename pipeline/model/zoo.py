@@ -89,19 +89,19 @@ def resolve(spec: ModelSpec) -> ModelInfo:
     if known is not None:
         return known
     share_cores()
-    from pipeline.model.network import check_rows
+    from pipeline.model.network import check_rows, ends_in_softmax
 
     network, classes = build(spec), spec.classes or _imagenet_names(spec)
     head = network.head
     check_count(classes, head.num_classes)
-    check_rows(network, spec.name)
+    noise = check_rows(network, spec.name)
     if head.linear.out_features != head.num_classes:
         log.warning(
             "model.name: the embedding is what %s is given, the last nn.Linear that %s executes. That is no head, as it"
             " returns %d numbers for %d classes: see to it that the pooled features are what goes into it",
             *(head.name, spec.name, head.linear.out_features, head.num_classes),
         )
-    info = ModelInfo(head.num_classes, classes, spec.transform, head.embedding_dim)
+    info = ModelInfo(head.num_classes, classes, spec.transform, head.embedding_dim, ends_in_softmax(noise))
     path = _info_path(spec)
     if path is not None:
         with new_file(path) as temporary:
@@ -154,7 +154,7 @@ def _check_num_classes(spec: ModelSpec, found: int) -> None:
 def _from_json(text: str) -> ModelInfo:
     data = json.loads(text)
     classes = None if data["classes"] is None else tuple(data["classes"])
-    return ModelInfo(data["num_classes"], classes, Transform(**data["transform"]), data["embedding_dim"])
+    return ModelInfo(**data | {"classes": classes, "transform": Transform(**data["transform"])})
 
 
 def _imagenet_names(spec: ModelSpec) -> tuple[str, ...] | None:

@@ -476,6 +476,20 @@ def test_one_class_is_no_prediction(custom):
     assert result_columns(Output(url="out", predictions=False), info).embedding_dim == 6
 
 
+def test_probabilities_are_no_logits(custom):
+    text = """
+        class Net(Base):
+            def forward(self, x):
+                return {}
+    """
+    info = resolve(custom(text.format("self.fc(self.features(x)).softmax(1)")))
+    with pytest.raises(ConfigError, match=r"probabilities where logits are needed.*output.predictions=false"):
+        result_columns(Output(url="out"), info)
+    assert result_columns(Output(url="out", predictions=False), info).embedding_dim == 6
+    for logits in ("self.fc(self.features(x))", "self.fc(self.features(x)).log_softmax(1)"):
+        assert result_columns(Output(url="out"), resolve(custom(text.format(logits)))).predictions
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
