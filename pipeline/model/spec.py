@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -132,6 +133,7 @@ def make_spec(config: JobConfig) -> ModelSpec:
     classes = class_names(model.classes, config.directory, config.storage)
     check_count(classes, _num_classes(model, weights))
     transform = _preset(model).overlaid(model.transform)
+    _check_crop(transform, model.transform)
     identity = _identity(config, weights, source, classes, transform)
     return ModelSpec(
         name=model.name,
@@ -212,6 +214,16 @@ def _preset(model: Model) -> Transform:
     known = architecture(model.name)
     member = model.weights.rpartition(".")[2]
     return known.transform(member if member in known.resize else "IMAGENET1K_V1")
+
+
+def _check_crop(transform: Transform, given: Transform | None) -> None:
+    """ConfigError where images are made smaller than a crop that nobody asked for: a black border would fill it."""
+    keys = given.model_fields_set if given else set()
+    if "resize" in keys and "crop" not in keys and (transform.crop or 0) > (transform.resize or math.inf):
+        raise ConfigError(
+            f"model.transform.resize: {transform.resize} is less than the crop of the preset, {transform.crop}, so"
+            f" images would get a black border. Set model.transform.crop as well, to {transform.resize} or null."
+        )
 
 
 def _identity(

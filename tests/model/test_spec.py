@@ -142,6 +142,14 @@ def test_a_custom_network_gets_imagenets(job, tmp_path: Path):
     assert make_spec(job(**custom, transform={"crop": 32})).transform == Transform(resize=256, crop=32)
 
 
+def test_a_crop_that_is_larger_than_the_picture_must_be_asked_for(job):
+    with pytest.raises(ConfigError, match=r"resize: 32 is less than the crop of the preset, 224.*to 32 or null"):
+        make_spec(job(transform={"resize": 32}))
+    for crop in (224, 32, None):
+        assert make_spec(job(transform={"resize": 32, "crop": crop})).transform.crop == crop
+    assert make_spec(job(transform={"resize": None})).transform.crop == 224
+
+
 # What is refused, on the driver and before anything runs.
 
 
