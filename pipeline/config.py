@@ -75,6 +75,13 @@ class Transform(Section):
     interpolation: Interpolation = "bilinear"
     decode: Decode = "fast"
 
+    @field_validator("mean")
+    @classmethod
+    def _on_unit_scale(cls, mean: list[float] | None) -> list[float] | None:
+        if mean and max(mean) > 1:
+            raise ValueError("pixels are on a scale from 0 to 1. Divide means on that of 0 to 255 by 255, and std too")
+        return mean
+
     @field_validator("std")
     @classmethod
     def _no_zero(cls, std: list[float] | None) -> list[float] | None:

@@ -158,6 +158,11 @@ def test_the_page_tells_the_true_type(path: str):
         ("input.url={a: b}", "input.url: must be text or a list"),
         ("input.url=''", 'input.url: must not be empty (got "")'),
         ("model.classes=[cat, yes]", "model.classes.1: must be text; quote it to make it text (got true)"),
+        (
+            "model.transform.mean=[123.7,116.3,103.5]",
+            "model.transform.mean: pixels are on a scale from 0 to 1. Divide means on that of 0 to 255 by 255, and std too"
+            " (got [123.7, 116.3, 103.5])",
+        ),
         ("model.transform.mean=[0.5]", "model.transform.mean: must be a list of 3 or more (got [0.5])"),
         ("model.transform.std=[1,0,1]", "model.transform.std: every std must be above 0, since pixels are divided by"
                                         " it (got [1, 0, 1])"),
