@@ -242,26 +242,37 @@ def _without_prefix(key: str) -> str:
 def fill(network: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     """Copy the tensors into the network. WeightsError that lists what differs unless they fit exactly."""
     own = _tensors(network)
+    _check_plain(own, state, name)
+    shapes = {
+        key: f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in _of_another_shape(own, state)
+    }
+    fitting = {key: value for key, value in state.items() if key not in shapes} if shapes else state
+    try:
+        # Which keys differ is said by torch, since modules may know older names of theirs, unless it is made silent.
+        absent, unknown = network.load_state_dict(fitting, strict=False) or (
+            [key for key in own if key not in state],
+            [key for key in state if key not in own],
+        )
+    except Exception as error:  # custom modules may look at what they are given
+        raise WeightsError(f"the network does not take the weights {redact(name)}: {clean(error)}.") from error
     # Counters of BatchNorm and of averaged networks may be there or not: inference doesn't need them. Of tensors under
     # several names some formats store one.
-    stored = {own[key].data_ptr() for key in own if key in state}
-    missing = [
-        key
-        for key, value in own.items()
-        if key not in state and not key.endswith(COUNTERS) and value.data_ptr() not in stored
-    ]
-    unexpected = [key for key in state if key not in own and not key.endswith(COUNTERS)]
-    shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in _of_another_shape(own, state)
-    ]
+    absent = [key for key in absent if key in own and key not in shapes]
+    stored = {value.data_ptr() for key, value in own.items() if key not in absent}
+    missing = [key for key in absent if not key.endswith(COUNTERS) and own[key].data_ptr() not in stored]
+    unexpected = [key for key in unknown if not key.endswith(COUNTERS)]
     if missing or unexpected or shapes:
         raise WeightsError(
             f"the weights {redact(name)} do not fit the network"
             + _listed("missing in the weights", missing)
             + _listed("unknown to the network", unexpected)
-            + _listed("of another shape", shapes)
+            + _listed("of another shape", list(shapes.values()))
             + ". Check model.name and model.num_classes."
         )
+
+
+def _check_plain(own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str) -> None:
     odd = [
         f"{key} {str(state[key].dtype).removeprefix('torch.')}, {state[key].layout}"
         for key, value in own.items()
@@ -272,10 +283,6 @@ def fill(network: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
             f"the weights {redact(name)} are not stored as plain numbers{_listed('that are something else', odd)}. Save"
             " those of the network before it was quantised or pruned."
         )
-    try:
-        network.load_state_dict(state, strict=False)
-    except Exception as error:  # custom modules may look at what they are given
-        raise WeightsError(f"the network does not take the weights {redact(name)}: {clean(error)}.") from error
 
 
 def _is_plain(stored: Tensor, wanted: Tensor) -> bool:

@@ -147,6 +147,37 @@ def test_modules_are_told_the_version_that_has_written_them():
     assert torch.equal(empty[0].weight, 2 * stored[0].weight)  # that format keeps no versions
 
 
+class Renamed(torch.nn.Linear):
+    """Its weight was called `kernel` once."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if f"{prefix}kernel" in state_dict:
+            state_dict[f"{prefix}weight"] = state_dict.pop(f"{prefix}kernel")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def test_names_that_the_networks_modules_know_as_older_ones_of_theirs_are_taken():
+    old = torch.nn.utils.weight_norm(torch.nn.Linear(3, 2))
+    new = torch.nn.Sequential(torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, 2)))
+    fill(new, {f"0.{key}": value for key, value in old.state_dict().items()}, "net.pth")
+    torch.testing.assert_close(new(torch.eye(3)), old(torch.eye(3)))
+    renamed = torch.nn.Sequential(Renamed(2, 2))
+    fill(renamed, {"0.kernel": torch.ones(2, 2), "0.bias": torch.ones(2)}, "net.pth")
+    assert torch.equal(renamed[0].weight, torch.ones(2, 2))
+    with pytest.raises(WeightsError, match="1 missing in the weights: 0.weight; 1 unknown to the network: 0.kernels"):
+        fill(renamed, {"0.kernels": torch.ones(2, 2), "0.bias": torch.ones(2)}, "net.pth")
+
+
+def test_a_network_that_does_not_say_what_it_took_is_held_to_its_names():
+    class Silent(torch.nn.Linear):
+        def load_state_dict(self, *args, **options):
+            super().load_state_dict(*args, **options)
+
+    fill(Silent(2, 2), torch.nn.Linear(2, 2).state_dict(), "net.pth")
+    with pytest.raises(WeightsError, match="1 missing in the weights: bias; 1 unknown to the network: extra"):
+        fill(Silent(2, 2), {"weight": torch.ones(2, 2), "extra": torch.ones(2)}, "net.pth")
+
+
 def test_of_what_lies_beside_a_state_dict_only_versions_are_taken():
     state = torch.nn.Linear(2, 2).state_dict()
     state._metadata[""] |= {"assign_to_params_buffers": True}
