@@ -53,8 +53,9 @@ class StateDict(dict[str, Tensor]):
 
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "module", "weights")
 PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.", "backbone.", "encoder.", "resnet.")
-# What torch.compile, FSDP and checkpointing put before the names of what they wrap, which may be any module inside.
-INSERTED = re.compile(r"\b_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
+# What DataParallel, Fabric, torch.compile, FSDP and checkpointing put before the names of what they wrap, which may be
+# any module inside.
+INSERTED = re.compile(r"\b(?:module|_(?:forward_module|orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module))\.")
 COUNTERS = ("num_batches_tracked", "n_averaged")
 SHOWN_KEYS = 10
 # How files begin that are often found under a checkpoint's name.
@@ -220,17 +221,24 @@ def match_keys(state: StateDict, own: Iterable[str]) -> StateDict:
     """The state with those wrappers' prefixes removed (DataParallel, torch.compile, FSDP, Lightning) that `own` lacks.
 
     Prefixes are taken off one layer at a time; the layer at which most keys are the network's own is the right one.
+    Where all of them came from under a prefix, what lay beside it is something else's, such as the loss's.
     """
-    wanted = set(own)
-    return max(_layers(state), key=lambda layer: len(wanted & layer.keys()))
+    wanted = {key for key in own if not key.endswith(COUNTERS)}
+    found, beside = max(_layers(state), key=lambda layer: len(wanted & layer[0].keys()))
+    if not beside or not wanted <= found.keys() - beside:
+        return found
+    log.warning("the weights hold more than the network, which is left out%s", _listed("beside it", sorted(beside)))
+    return StateDict(((key, value) for key, value in found.items() if key not in beside), found._metadata)
 
 
-def _layers(state: StateDict) -> Iterator[StateDict]:
-    """The state with one prefix after the other off, as it is and without what torch inserts."""
+def _layers(state: StateDict) -> Iterator[tuple[StateDict, set[str]]]:
+    """The state with one prefix after the other off, as it is and without what torch inserts; and the keys of each that
+    did not have its prefix."""
     for begin in (state, state.renamed(partial(INSERTED.sub, ""))):
-        layer, is_new = begin, True
+        layer, beside, is_new = begin, set[str](), True
         while is_new and len(layer) == len(state):  # else two keys have become one
-            yield layer
+            yield layer, beside
+            beside = {key for key in layer if _without_prefix(key) == key}
             stripped = layer.renamed(_without_prefix)
             layer, is_new = stripped, stripped.keys() != layer.keys()
 

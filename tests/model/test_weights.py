@@ -113,7 +113,23 @@ def test_prefixes_of_wrappers_come_off(prefix: str):
     assert_is_the_network(saved({"state_dict": prefixed(prefix)}))
 
 
-@pytest.mark.parametrize("inserted", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+def test_what_lies_beside_a_prefix_is_left_out_where_the_network_lies_under_it(caplog: pytest.LogCaptureFixture):
+    """Lightning stores the loss's tensors as well."""
+    beside = {"criterion.weight": torch.ones(7), "metrics.total": torch.ones(1)}
+    assert_is_the_network(saved({"state_dict": prefixed("model.") | beside}))
+    assert "left out; 2 beside it: criterion.weight, metrics.total" in caplog.text
+    for state in (network().state_dict() | beside, prefixed("model.") | {"classifier.bias": torch.ones(7)}):
+        state.pop("model.fc.bias", None)
+        with pytest.raises(WeightsError, match="unknown to the network: (criterion.weight|classifier.bias)"):
+            assert_is_the_network(saved(state))
+    own = {"a.weight", "head.weight"}
+    state = StateDict({"model.a.weight": torch.ones(1), "head.weight": torch.ones(1)})
+    assert match_keys(state, own).keys() == own
+
+
+@pytest.mark.parametrize(
+    "inserted", ["module", "_forward_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"]
+)
 def test_what_torch_puts_around_modules_inside_comes_off(inserted: str):
     state = {
         "module." + key.replace("layer1.", f"layer1.{inserted}."): value
