@@ -167,9 +167,14 @@ def _probe(body: nn.Module, sizes: Sequence[int], name: str) -> tuple[tuple[int,
             return (size, is_contiguous), output, executed
     if ran is not None:
         return ran
+    advice = (
+        "It must take 3 channels, for images are RGB"
+        if "but got 3 channels" in str(failure)
+        else "Set model.transform.crop to the size that it takes"
+    )
+    tried = " or ".join(map(str, sizes))
     raise ConfigError(
-        f"the network {name} does not run on images of {' or '.join(map(str, sizes))} pixels: {clean(failure)}. Set"
-        " model.transform.crop to the size that it takes."
+        f"the network {name} does not run on images of {tried} pixels: {clean(failure)}. {advice}."
     ) from failure
 
 

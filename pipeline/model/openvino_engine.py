@@ -227,10 +227,16 @@ def _convert(spec: ModelSpec) -> Any:
             model = frontend.convert(loaded)
     except Exception as error:
         raise Unconvertible(
-            f"OpenVINO can't convert the network {spec.name}: {clean(error)}. With runtime.engine=eager it is computed."
+            f"OpenVINO can't convert the network {spec.name}: {clean(error)}. {_way_out(spec)}."
         ) from error
     _check_agreement(network, model, spec)
     return model
+
+
+def _way_out(spec: ModelSpec) -> str:
+    if spec.precision == "int8":
+        return "In int8 nothing else computes it: use another model.precision"
+    return "With runtime.engine=eager it is computed"
 
 
 def _check_agreement(network: Network, model: Any, spec: ModelSpec) -> None:
@@ -239,7 +245,7 @@ def _check_agreement(network: Network, model: Any, spec: ModelSpec) -> None:
 
     differs = (
         f"OpenVINO does not compute what torch does with the network {spec.name}, perhaps because what it does depends"
-        " on its input, or on the size or the number of the images. With runtime.engine=eager it is computed."
+        f" on its input, or on the size or the number of the images. {_way_out(spec)}."
     )
     engine = None
     for pixels in _examples(network.head.input_size, spec.transform.crop is not None):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from pipeline.config import Output
 from pipeline.errors import ConfigError, WeightsError
 from pipeline.model.engines import Unconvertible, load_engine
+from pipeline.model.openvino_engine import converted
 from pipeline.model.source import load_callable
 from pipeline.model.spec import ModelSpec, make_spec, result_columns
 from pipeline.model.zoo import build, cache_key, resolve
@@ -131,7 +133,8 @@ def test_the_embedding_is_the_input_of_the_last_linear_layer(custom, case: str):
         ),
         ("return {'logits': self.fc(self.features(x))}", "returns a dict for 2 images"),
         ("return self.fc(self.features(x))[:1]", r"returns the shape \(1, 5\) for 2 images"),
-        ("raise KeyError('broken')", "does not run on images of 64 pixels: 'broken'"),
+        ("raise KeyError('broken')", "does not run on images of 64 pixels: 'broken'. Set model.transform.crop"),
+        ("return self.fc(nn.Conv2d(1, 6, 3)(x).mean((2, 3)))", "It must take 3 channels, for images are RGB"),
     ],
 )
 def test_networks_without_logits_or_embedding_are_refused(custom, forward: str, message: str):
@@ -317,8 +320,10 @@ def test_networks_that_squeeze_a_single_image(custom):
         found = load_engine("eager", spec, resolve(spec), "cpu", size)(PIXELS[:size])
         for rows, expected in zip(found, computed(spec), strict=True):
             np.testing.assert_allclose(rows, expected[:size], rtol=1e-4, atol=1e-5)
-    with pytest.raises(Unconvertible):
+    with pytest.raises(Unconvertible, match=r"With runtime.engine=eager it is computed\."):
         load_engine("openvino", spec, resolve(spec), "cpu", 1)
+    with pytest.raises(Unconvertible, match=r"In int8 nothing else computes it: use another model.precision\."):
+        converted(replace(spec, precision="int8"))
 
 
 def test_weights_that_cannot_lie_in_channels_last_are_left_as_they_are(custom, caplog: pytest.LogCaptureFixture):
