@@ -2,7 +2,8 @@
 
 The driver must not import a network's module, since that imports torch. So the module is looked up on the path
 and its text is read. Its Python files travel to the workers: the whole top-level package, or for a single file
-that file and its neighbours. What is installed or is part of this program is expected on every node instead.
+that file and its neighbours. What is installed or is part of this program is expected on every node instead, though
+the driver's files of an installed package tell which network it is.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import importlib
 import site
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path, PurePosixPath
 from types import ModuleType
@@ -27,6 +28,8 @@ from pipeline.errors import ConfigError, PipelineError, clean
 from pipeline.model.cache import cache_directory, lock, new_folder
 
 OWN_FOLDER = Path(pipeline.__file__).parent.parent
+# Of these a network counts by its one file: their releases may not change what the same weights mean.
+BY_FILE = {pipeline.__name__, "torch", "torchvision"}
 
 # What a network's code may read, apart from its own files and the packages that it imports by name.
 OPAQUE = {"__import__", "environ", "eval", "exec", "getenv", "importlib", "open", "read_bytes", "read_text"}
@@ -38,7 +41,8 @@ OPAQUE |= {"load_model", "load_state_dict_from_url", "safe_open", "urlopen", "ur
 class Source:
     """A custom network's code. `files` (relative path, content) is empty where the module is installed.
 
-    `meaning` is the sha256 of the module's text and of the shipped modules that it imports, directly or not.
+    `meaning` is the sha256 of the module's text and of the modules of its package (of a single file: of its folder, if
+    that is shipped) that it imports, directly or not.
     """
 
     module: str
@@ -64,12 +68,12 @@ def locate(name: str, directory: Path | None) -> Source:
     path = _find(module, directory)
     text = path.read_bytes()
     _check_defines(text, path, attribute.split(".")[0])
-    depth = len(module.split(".")) + (path.name == "__init__.py")
-    folder = path.parents[depth - 1]
-    files = {} if _is_installed(path) else _files_to_ship(folder, path, module)
+    folder = _folder(path, module)
+    files = _files(path, module)
     start = path.relative_to(folder).as_posix()
     meaning = _meaning({**files, start: text}, start)
-    return Source(module, attribute, str(folder), tuple(sorted(files.items())), meaning)
+    shipped = {} if _is_installed(path) else files
+    return Source(module, attribute, str(folder), tuple(sorted(shipped.items())), meaning)
 
 
 def load_callable(source: Source) -> Callable[..., Any]:
@@ -101,23 +105,30 @@ def load_callable(source: Source) -> Callable[..., Any]:
     return found
 
 
+@lru_cache(maxsize=8)  # a large package takes a second
 def is_closed(source: Source) -> bool:
-    """Whether the network's code depends on nothing but the shipped files, and packages that are installed here.
+    """Whether the network's code depends on nothing but its own files, and packages that are installed here.
 
     Else, as for an import from a folder on the path, nobody notices when what it builds becomes another.
     """
-    files = dict(source.files)
+    if source.module.partition(".")[0] in BY_FILE and not source.files:
+        return True
+    files = dict(source.files) or _files(_find(source.module, None), source.module)
     stem = source.module.replace(".", "/")
     start = next((path for path in (f"{stem}.py", f"{stem}/__init__.py") if path in files), None)
     if start is None:
-        return not files  # installed as a whole
-    trees = {path: _parse(files[path], path) for path in _closure(files, start)}
-    nodes = [node for tree in trees.values() for node in ast.walk(tree)]
-    used = {node.id for node in nodes if isinstance(node, ast.Name)}
-    used |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-    used |= {node.name.rpartition(".")[2] for node in nodes if isinstance(node, ast.alias)}
-    imported = {name.partition(".")[0] for path, tree in trees.items() for name in _imported_names(tree, path)} - {""}
-    return not (used | imported) & OPAQUE and all(_is_fixed(name, files) for name in imported)
+        return False
+    imported: set[str] = set()
+    for path in _closure(files, start):
+        tree = _parse(files[path], path)
+        nodes = list(ast.walk(tree))
+        used = {node.id for node in nodes if isinstance(node, ast.Name)}
+        used |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        used |= {node.name.rpartition(".")[2] for node in nodes if isinstance(node, ast.alias)}
+        if used & OPAQUE:  # as some file of a large package's is, early
+            return False
+        imported |= {name.partition(".")[0] for name in _imported_names(tree, path)}
+    return not imported & OPAQUE and all(_is_fixed(name, files) for name in imported - {""})
 
 
 def _is_fixed(top: str, files: Mapping[str, bytes]) -> bool:
@@ -197,10 +208,19 @@ def _is_installed(path: Path) -> bool:
     return any(path.is_relative_to(root) for root in roots)
 
 
-def _files_to_ship(folder: Path, path: Path, module: str) -> dict[str, bytes]:
-    """Relative path → content: the top-level package's .py files, or a single-file module's folder's."""
-    top = folder / module.partition(".")[0]
-    found = top.rglob("*.py") if top in path.parents else folder.glob("*.py")
+def _folder(path: Path, module: str) -> Path:
+    """The folder on the path that a module's file was found in."""
+    return path.parents[len(module.split(".")) - (path.name != "__init__.py")]
+
+
+def _files(path: Path, module: str) -> dict[str, bytes]:
+    """Relative path → content: the top-level package's .py files, or a single-file module's folder's. That of what is
+    installed is everybody's."""
+    folder, name = _folder(path, module), module.partition(".")[0]
+    if _is_installed(path) and (name in BY_FILE or folder == path.parent):
+        found: Iterable[Path] = [path]
+    else:
+        found = (folder / name).rglob("*.py") if folder != path.parent else folder.glob("*.py")
     relative = [file.relative_to(folder) for file in found if file.is_file()]
     return {
         file.as_posix(): (folder / file).read_bytes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pickle
 import shutil
+import site
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.model.source import load_callable, locate
+from pipeline.model.source import Source, is_closed, load_callable, locate
 from tests.model.helpers import output_of, python
 
 
@@ -152,6 +153,30 @@ def test_the_meaning_follows_what_is_imported_and_nothing_else(tmp_path: Path):
         write(tmp_path, {path: PACKAGE[path] + "# changed\n"})
         seen.add(meaning())
     assert len(seen) == 5
+
+
+def test_an_installed_package_counts_by_what_is_imported_of_it(tmp_path: Path, monkeypatch):
+    def found(**changed: str) -> Source:
+        text = {"resnet": "import numpy\ndef resnet20(): ...\n", "blocks": "", **changed}
+        package = {f"mynets/{name}.py": content for name, content in text.items()}
+        write(tmp_path, package | {"mynets/__init__.py": "from .resnet import resnet20\n"})
+        return locate("mynets:resnet20", None)
+
+    roots = site.getsitepackages()
+    monkeypatch.setattr(site, "getsitepackages", lambda: [str(tmp_path), *roots])
+    monkeypatch.syspath_prepend(tmp_path)
+    first = found()
+    assert first.files == ()
+    assert found(blocks="CHANGED = 1\n").meaning == first.meaning
+    changed = found(resnet="import os\ndef resnet20():\n    return os.environ['DEPTH']\n")
+    assert changed.meaning != first.meaning
+    assert not is_closed(changed)
+    found()
+    assert is_closed(first)
+    write(tmp_path, {"alone.py": "def build(): ...\n"})
+    alone = locate("alone:build", None)
+    assert alone.files == ()
+    assert is_closed(alone)
 
 
 def test_a_changed_file_is_imported_anew_in_the_same_process(tmp_path: Path):
