@@ -73,7 +73,13 @@ class RunReport:
 def public_config(config: JobConfig) -> dict[str, Any]:
     """The resolved config as it may be shown: passwords and queries are cut out of URLs. The input has no secrets, and
     its queries are part of its shards' names."""
-    shown = {name: _public(value) for name, value in config.model_dump(mode="json").items()}
+    resolved = config.model_dump(mode="json")
+    # What overrides says what it was given and no more: its defaults would override as well.
+    for section, name in (("input", "storage"), ("output", "storage"), ("model", "transform")):
+        override = getattr(getattr(config, section), name)
+        if override is not None:
+            resolved[section][name] = override.model_dump(mode="json", exclude_unset=True)
+    shown = {name: _public(value) for name, value in resolved.items()}
     shown["input"]["url"] = config.input.url
     return shown
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from pipeline.config import make_config
 from pipeline.errors import ExitCode
 from pipeline.inputs.shards import Shard, shard_id
+from pipeline.model.spec import make_spec
 from pipeline.outputs.commit import Committed
 from pipeline.planning import Task
 from pipeline.report import Counter, LiveBar, LogLines, RunReport, facts, public_config, summary, watching
@@ -84,6 +85,21 @@ def test_the_config_of_a_report_lists_the_same_input():
     shown = public_config(job)
     assert shown["input"]["url"] == urls
     assert shown["model"]["weights"] == "https://host/a.pth"
+
+
+def test_what_is_read_from_a_report_is_the_same_job():
+    """Also where a section overrides a part of another: the preset's resize is not that of an empty transform."""
+    job = make_config(
+        {
+            "input": {"url": "in", "storage": {"options": {"anon": True}}},
+            "output": {"url": "out", "storage": {"deadline_s": 7}},
+            "model": {"name": "resnet50", "weights": "IMAGENET1K_V2", "transform": {"crop": 200}},
+            "storage": {"endpoint_url": "http://127.0.0.1:9", "read_timeout_s": 3},
+        }
+    )
+    again = make_config(json.loads(json.dumps(public_config(job))))
+    assert make_spec(again).fingerprint == make_spec(job).fingerprint
+    assert (again.input_storage, again.output_storage) == (job.input_storage, job.output_storage)
 
 
 def test_the_rate_is_that_of_the_steady_state(clock: Clock):

@@ -50,6 +50,7 @@ def config() -> JobConfig:
 def test_a_node_measures_once_and_keeps_the_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RESNET_BATCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tuning, "SECONDS", 0.02)
+    monkeypatch.setattr(tuning, "LONGEST", 60.0)
     spec = make_spec(config())
     info = resolve(spec)
     chosen = choose_batch_size(spec, info, "eager", "cpu")
