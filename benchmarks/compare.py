@@ -110,7 +110,7 @@ def refuse_unreadable(listed: Sequence[tuple[str, bytes]]) -> None:
     """SystemExit where a sample cannot be decoded: most arms would stop there."""
     for data, key in {data: key for key, data in listed}.items():
         try:
-            decode(data, Transform(), Input(url="").max_pixels)
+            decode(data, Transform(), Input(url=".").max_pixels)
         except Reject as reject:
             raise SystemExit(f"{key} cannot be read ({reject.message}): compare with images that can") from None
 

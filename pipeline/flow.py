@@ -47,12 +47,11 @@ def pieces(tasks: Sequence[Task], job: Job, cluster: Cluster, notes: Notes) -> D
         else:
             shards = _Shards(partial(_pixels, reading=job.reading, notes=notes), tasks, cluster.num_cpus)
             pixels = _read(shards, decode_cpus(cluster, job.shares_cores))
-        rows = _rows_at_once(job, len(tasks) < cluster.num_cpus)
         # Not map_batches, which insists on a batch size where there is a GPU.
-        predicted = pixels.map_batches_internal(
+        return pixels.map_batches_internal(
             ResNetPredictor,
             fn_constructor_args=(job.spec, job.info, job.settings, notes, job.decoder),
-            batch_size=rows,
+            batch_size=_rows_at_once(job, len(tasks) < cluster.num_cpus),
             batch_format="pyarrow",
             compute=ActorPoolStrategy(
                 size=job.num_actors, max_concurrent_calls_per_actor=CALLS, enable_true_multi_threading=True
@@ -60,15 +59,14 @@ def pieces(tasks: Sequence[Task], job: Job, cluster: Cluster, notes: Notes) -> D
             num_cpus=PREDICT_CPUS,
             num_gpus=job.num_gpus or None,
         )
-        # Ray fuses this into the predictor, whose calls then have exactly so many rows, cut out of blocks as they are.
-        return predicted if rows is None else predicted.repartition(target_num_rows_per_block=rows, strict=True)
 
 
 def _rows_at_once(job: Job, has_few_shards: bool) -> int | None:
-    """How many rows Ray gathers for a call of the predictor, which cuts them into batches; None: a block as it comes.
+    """How many rows Ray gathers, or a few more, for a call of the predictor, which cuts them into batches; None: a
+    block as it comes.
 
-    Where blocks may hold less than a batch the rest of it would be padding. A CPU that computes on the cores that
-    decode has full blocks but at the end of a task, and its first rows would come late.
+    Where blocks may hold less than a batch, the rest of it would be padding. With a shard or more for each core blocks
+    are full, but at the end of a task: a CPU, whose first rows would come late, takes them as they are.
     """
     holds_pixels = job.info.input_size is not None and job.decoder is None  # else rows may be of any size
     return job.rows_per_block if holds_pixels and (has_few_shards or job.num_gpus) else None
