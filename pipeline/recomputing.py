@@ -79,13 +79,16 @@ def shares(counts: Mapping[str, int], sample: int) -> dict[str, int]:
     """How many rows of which shards are to be drawn, of the rows that each has: `sample` in all, or all there are. They
     are spread over some shards that chance chooses, as evenly as these allow."""
     chosen: list[str] = []
+    room = 0
     for name in random.sample(sorted(counts), len(counts)):
-        if len(chosen) >= min(MAX_PARTS, sample) and sum(counts[one] for one in chosen) >= sample:
+        if len(chosen) >= min(MAX_PARTS, sample) and room >= sample:
             break
         chosen.append(name)
+        room += counts[name]
     found: dict[str, int] = {}
     for left, name in zip(range(len(chosen), 0, -1), sorted(chosen, key=counts.__getitem__), strict=True):
-        found[name] = min(-(-(sample - sum(found.values())) // left), counts[name])
+        found[name] = min(-(-sample // left), counts[name])
+        sample -= found[name]
     return {name: share for name, share in found.items() if share}
 
 

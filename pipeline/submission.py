@@ -37,13 +37,14 @@ INTERPOLATION = re.compile(r"(\\*)\$\{")
 def submit_job(config: JobConfig, address: str, wait: bool, submission_id: str | None) -> int | str:
     """See `pipeline.api.submit`. A submission id that the cluster knows already is followed, not started again."""
     address = dashboard(address)
-    with tempfile.TemporaryDirectory(prefix="resnet-batch-") as folder, _answering(address):
-        client = _client(address)
+    with tempfile.TemporaryDirectory(prefix="resnet-batch-") as folder:
         pack(config, Path(folder))
-        job = submission_id if submission_id and _is_known(client, submission_id) else None
-        if job is None:
-            environment = {"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": STOP_WAIT_S}}
-            job = client.submit_job(entrypoint=ENTRYPOINT, submission_id=submission_id, runtime_env=environment)
+        with _answering(address):
+            client = _client(address)
+            job = submission_id if submission_id and _is_known(client, submission_id) else None
+            if job is None:
+                environment = {"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": STOP_WAIT_S}}
+                job = client.submit_job(entrypoint=ENTRYPOINT, submission_id=submission_id, runtime_env=environment)
     print(f"job {job} on {redact(address)}", file=sys.stderr)
     return follow(client, job) if wait else job
 
