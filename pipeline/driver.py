@@ -9,6 +9,7 @@ import logging
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -92,9 +93,15 @@ class Committer(Witness):
             fetch=_fetch,
             source_fingerprint=lambda: current_fingerprint(task.shard, self._source),
         )
-        # One that has died may have made the commit, and not lived to tell.
-        is_second_life = ray.get_runtime_context().was_current_actor_reconstructed
-        return replace(committed, is_ours=committed.is_ours or is_second_life)
+        return replace(committed, is_ours=committed.is_ours or _is_second_life())
+
+
+def _is_second_life() -> bool:
+    """Whether this actor has died once: then it may have made a commit that stands, and not lived to tell. Asks Ray's
+    control store, which would cost as much as a small commit if it were asked for each."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Ray's, of what it uses itself
+        return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def _fetch(piece: Any) -> pa.Table:
