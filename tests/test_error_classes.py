@@ -14,7 +14,7 @@ from pipeline.error_classes import ERROR_CLASSES, choose_classes
 from pipeline.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
-RAISERS = {"Reject": 1, "_broken": 0, "rejected": 0}  # which argument is the class
+RAISERS = {"Reject": 1, "broken": 0, "rejected": 0}  # which argument is the class
 
 
 def raised() -> Iterator[str]:
