@@ -169,8 +169,9 @@ async def _tail(client: JobSubmissionClient, job: str) -> Any:
 def _dropped() -> tuple[type[Exception], ...]:
     """What a connection to a dashboard that goes away raises."""
     from aiohttp import ClientError
+    from ray.exceptions import AuthenticationError  # of a token that has expired meanwhile
 
-    return RuntimeError, OSError, ClientError
+    return RuntimeError, OSError, ClientError, AuthenticationError
 
 
 def _client(address: str) -> JobSubmissionClient:

@@ -129,10 +129,11 @@ def test_a_connection_that_drops_is_opened_again(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out == "one\ntwo\n"
 
 
+@pytest.mark.parametrize("error", [ClientError("gone"), AuthenticationError("gone")])
 @pytest.mark.usefixtures("at_once")
-def test_a_job_whose_log_is_lost_is_not_called_failed():
-    client = Dashboard([ClientError("gone")] * 100, [job_info("RUNNING")])
-    with pytest.raises(Stopped, match=r"lost the log of job job: gone. It may run on: `ray job logs"):
+def test_a_job_whose_log_is_lost_is_not_called_failed(error: Exception):
+    client = Dashboard([error] * 100, [job_info("RUNNING")])
+    with pytest.raises(Stopped, match=r"lost the log of job job: gone.* It may run on: `ray job logs"):
         submission.follow(client, "job")  # type: ignore[arg-type]
 
 
