@@ -327,8 +327,9 @@ def test_large_images_of_one_tar_come_to_the_network_in_full_batches(tmp_path: P
     assert 4 * job.block_bytes < 70 * 600 * 600
 
     def blocks(job: Job) -> list[int]:
-        pieces = flow.pieces(tasks, job, cluster, NoNotes())
-        return [bundle.num_rows() or 0 for bundle in pieces.iter_internal_ref_bundles()]
+        pieces = flow.pieces(tasks, job, cluster, NoNotes()).materialize()
+        assert pieces.stats().count("\nOperator ") == 2, "gathering costs a stage of its own"  # behind the first
+        return [block.num_rows for block in ray.get(pieces.to_arrow_refs())]
 
     assert blocks(job) == [71]
     # Of images in sizes of their own no more are gathered than came together.
