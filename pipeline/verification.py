@@ -75,10 +75,11 @@ def verify_dataset(dataset: Dataset, sample: int = 0, config: JobConfig | None =
     if sample < 0:
         raise ConfigError(f"sample is a number of rows, 0 for none; got {sample}.")
     result = Verification(dataset.url)
-    if dataset.identity() is None and dataset.has_runs():
+    identity = dataset.identity()
+    if identity is None and dataset.has_runs():
         result.note = "no run has committed a shard yet"
         return result
-    identity = dataset.known_identity()
+    identity = identity or dataset.known_identity()  # which says what there is instead
     standing = sorted(dataset.standing().items())
     with ThreadPoolExecutor(AT_ONCE) as pool:
         checked = pool.map(lambda item: _check_shard(dataset, identity, *item), standing)
