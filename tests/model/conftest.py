@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.config import JobConfig
+from pipeline.model.spec import ModelSpec, make_spec
 from pipeline.model.zoo import share_cores
-from tests.model.helpers import FileServer, discriminating_state, make_job
+from tests.model.helpers import PRELUDE, FileServer, discriminating_state, make_job
 
 share_cores()  # before a test module imports torch
 
@@ -49,3 +52,15 @@ def serve() -> Iterator[Callable[[Path], FileServer]]:
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture
+def custom(job, tmp_path: Path) -> Callable[..., ModelSpec]:
+    """`custom("class Net(Base): …")`: the spec of a network `Net` in a file next to the config."""
+
+    def make(text: str, name: str = "net:Net", **model: Any) -> ModelSpec:
+        (tmp_path / "net.py").write_text(PRELUDE + textwrap.dedent(text))
+        options = {"weights": "random", "transform": {"resize": None, "crop": 64}, **model}
+        return make_spec(job(name=name, directory=tmp_path, **options))
+
+    return make

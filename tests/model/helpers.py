@@ -25,6 +25,26 @@ SIZE = 112  # pixels; half the usual size keeps the tests short
 NUM_CLASSES = 40
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
 
+PRELUDE = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+class Base(nn.Module):
+    def __init__(self, num_classes=5):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, stride=2)
+        self.fc = nn.Linear(6, num_classes)
+    def features(self, x):
+        return F.adaptive_avg_pool2d(F.relu(self.conv(x)), 1).flatten(1)
+"""
+# A network of one's own, as the text of its module below the prelude.
+FUNCTIONAL = """
+class Net(Base):
+    def forward(self, x):
+        return self.fc(self.features(x))
+"""
+
 
 def make_job(*, engine: str = "auto", output: dict[str, Any] | None = None, **model: Any) -> JobConfig:
     """`make_job(name="resnet18", engine="eager", directory=…)`: a config with that model."""

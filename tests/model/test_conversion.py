@@ -1,0 +1,196 @@
+"""Networks of your own in OpenVINO, in channels_last and in reduced precision: torch's numbers, or refused."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.errors import ConfigError, WeightsError
+from pipeline.model.engines import Unconvertible, load_engine
+from pipeline.model.openvino_engine import converted
+from pipeline.model.zoo import build, resolve
+from tests.model.helpers import FUNCTIONAL, PIXELS, computed, normalised, output_of, python
+
+
+@pytest.mark.parametrize("engine", ["eager", "openvino"])
+def test_networks_that_view_their_maps_as_they_lie_in_memory(custom, engine: str):
+    spec = custom("""
+        def Net():
+            class View(nn.Module):
+                def forward(self, x):
+                    return x.view(x.size(0), -1)
+            return nn.Sequential(nn.Conv2d(3, 6, 3, stride=16), nn.ReLU(), View(), nn.Linear(96, 5))
+    """)
+    assert resolve(spec).embedding_dim == 96
+    found = load_engine(engine, spec, resolve(spec), "cpu", 3)(PIXELS)
+    for rows, expected in zip(found, computed(spec), strict=True):
+        np.testing.assert_allclose(rows, expected, rtol=1e-4, atol=1e-4)
+    body = build(spec).body
+    with torch.inference_mode():
+        plain = body(normalised(PIXELS))
+    np.testing.assert_allclose(found[0], plain.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        "return self.fc(self.features(x).view(len(x), -1))",
+        "y = self.conv(x)\n        return self.fc(y.view(len(x), 6, -1).mean(2))",
+    ],
+)
+def test_a_number_of_images_that_tracing_froze_is_noticed(custom, forward: str):
+    spec = custom(f"class Net(Base):\n    def forward(self, x):\n        {forward}\n")
+    with pytest.raises(ConfigError, match="OpenVINO does not compute what torch does .* the number of the images"):
+        load_engine("openvino", spec, resolve(spec), "cpu", 8)
+    assert np.isfinite(load_engine("eager", spec, resolve(spec), "cpu", 3)(PIXELS)[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("forward", "size"),
+    [
+        ("x = F.avg_pool2d(x, x.size()[3])", None),
+        ("x = x - x.mean((2, 3), keepdim=True) if x.mean() > 0.3 else x", 64),
+    ],
+    ids=["pools by its size", "depends on brightness"],
+)
+def test_what_tracing_froze_besides_is_noticed_as_well(custom, forward: str, size: int | None):
+    before, after = ("F.relu(self.conv(x))", "x") if size is None else ("x", "self.conv(x)")
+    text = f"""
+        class Net(Base):
+            def forward(self, x):
+                x = {before}
+                {forward}
+                return self.fc({after}.mean((2, 3)))
+    """
+    spec = custom(text, transform={"resize": None, "crop": size})
+    with pytest.raises(ConfigError, match="OpenVINO does not compute what torch does"):
+        load_engine("openvino", spec, resolve(spec), "cpu", 8)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "return self.fc(F.avg_pool2d(y.clamp(min=1e-6) ** 3, (y.size(-2), y.size(-1))).flatten(1))",
+        "return self.fc(F.adaptive_avg_pool2d(F.group_norm(y, 2), 1).flatten(1))",
+    ],
+    ids=["generalised mean", "group norm"],
+)
+def test_networks_that_need_their_size_to_be_converted(custom, body: str):
+    text = f"class Net(Base):\n    def forward(self, x):\n        y = F.relu(self.conv(x))\n        {body}\n"
+    spec = custom(text)
+    found = load_engine("openvino", spec, resolve(spec), "cpu", 3)(PIXELS)
+    for rows, expected in zip(found, computed(spec), strict=True):
+        np.testing.assert_allclose(rows, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_resnet_with_group_norms_is_compiled(custom):
+    """In a process of its own: OpenVINO crashed."""
+    text = "def make():\n    from torchvision.models import resnet18\n    return resnet18(norm_layer=lambda c: nn.GroupNorm(32, c))"
+    spec = custom(text, "net:make")
+    code = """
+import pickle, sys
+from pipeline.model.engines import Unconvertible, load_engine
+from pipeline.model.zoo import resolve
+spec = pickle.loads(bytes.fromhex(sys.argv[1]))
+print(load_engine("openvino", spec, resolve(spec), "cpu", 2).streams)
+"""
+    assert output_of(python(code, pickle.dumps(spec).hex())) == "2"
+
+
+@pytest.mark.parametrize("precision", ["half", "double"])
+def test_a_network_in_another_precision_is_computed_in_float32(custom, precision: str):
+    spec = custom(f"def make():\n    return Net().{precision}()\n{FUNCTIONAL}", "net:make")
+    assert computed(spec)[0].dtype == np.float32
+
+
+def test_a_network_that_minds_its_precision_itself_is_left_alone(custom):
+    text = """
+        class Net(Base):
+            def forward(self, x):
+                return self.fc(self.features(x.double())).float()
+        def make():
+            return Net().double()
+    """
+    assert next(build(custom(text, "net:make")).body.parameters()).dtype == torch.float64
+
+
+def test_a_network_that_looks_at_how_its_weights_lie_runs_as_it_is(custom, caplog: pytest.LogCaptureFixture):
+    text = """
+        class Net(Base):
+            def forward(self, x):
+                weight = self.conv.weight / self.conv.weight.view(6, -1).std(dim=1).view(-1, 1, 1, 1)
+                return self.fc(F.conv2d(x, weight, self.conv.bias, stride=2).mean((2, 3)))
+    """
+    spec = custom(text)
+    logits, _ = load_engine("eager", spec, resolve(spec), "cpu", 3)(PIXELS)
+    np.testing.assert_allclose(logits, computed(spec)[0], rtol=1e-5)
+    assert "net:Net is computed as it is" in caplog.text
+
+
+def test_networks_that_squeeze_a_single_image(custom):
+    spec = custom("""
+        class Net(Base):
+            def forward(self, x):
+                return self.fc(F.adaptive_avg_pool2d(self.conv(x), 1).squeeze())
+    """)
+    for size in (1, 3):
+        found = load_engine("eager", spec, resolve(spec), "cpu", size)(PIXELS[:size])
+        for rows, expected in zip(found, computed(spec), strict=True):
+            np.testing.assert_allclose(rows, expected[:size], rtol=1e-4, atol=1e-5)
+    with pytest.raises(Unconvertible, match=r"With runtime.engine=eager it is computed\."):
+        load_engine("openvino", spec, resolve(spec), "cpu", 1)
+    with pytest.raises(Unconvertible, match=r"In int8 nothing else computes it: use another model.precision\."):
+        converted(replace(spec, precision="int8"))
+
+
+def test_weights_that_cannot_lie_in_channels_last_are_left_as_they_are(custom, caplog: pytest.LogCaptureFixture):
+    spec = custom("""
+        class Net(Base):
+            def __init__(self):
+                super().__init__()
+                self.experts = nn.Parameter(torch.rand(4, 6, 3, 3, 3))
+            def forward(self, x):
+                return self.fc(F.conv2d(x, self.experts.mean(0), stride=2).mean((2, 3)))
+    """)
+    logits, _ = load_engine("eager", spec, resolve(spec), "cpu", 3)(PIXELS)
+    np.testing.assert_allclose(logits, computed(spec)[0], rtol=1e-5)
+    assert "net:Net is computed as it is" in caplog.text
+
+
+def test_a_network_that_asserts_its_size_is_converted_for_that(custom):
+    text = """
+        class Net(Base):
+            def forward(self, x):
+                assert x.shape[2] == x.shape[3] == 224
+                return self.fc(self.features(x))
+    """
+    spec = custom(text, transform={"resize": None, "crop": None})
+    assert load_engine("openvino", spec, resolve(spec), "cpu", 1).streams == 1
+
+
+def test_weights_that_have_diverged_are_not_blamed_on_openvino(custom, tmp_path: Path):
+    state = {"conv.weight": torch.rand(6, 3, 3, 3), "conv.bias": torch.full((6,), torch.nan)}
+    torch.save(state | {"fc.weight": torch.rand(3, 6), "fc.bias": torch.rand(3)}, tmp_path / "nan.pth")
+    spec = custom(FUNCTIONAL, weights="nan.pth")
+    with pytest.raises(WeightsError, match=r"not finite, in torch as well: its weights .*nan.pth"):
+        load_engine("openvino", spec, resolve(spec), "cpu", 1)
+
+
+def test_heads_that_switch_autocast_off_run_in_reduced_precision(custom):
+    spec = custom(
+        """
+        class Net(Base):
+            def forward(self, x):
+                x = self.features(x)
+                with torch.autocast("cpu", enabled=False):
+                    return self.fc(x.float())
+        """,
+        precision="bfloat16",
+    )
+    logits, _ = load_engine("eager", spec, resolve(spec), "cpu", 3)(PIXELS)
+    np.testing.assert_allclose(logits, computed(spec)[0], atol=0.05)
