@@ -34,6 +34,7 @@ class Head:
     embedding_dim: int  # D
     input_size: int  # height and width that the network ran with
     is_contiguous: bool = False  # whether the network insists on NCHW in memory, as `view` may
+    is_filled: bool = True  # with numbers from the weights, which may be those of a backbone alone
 
 
 class Network(nn.Module):

@@ -93,6 +93,7 @@ class ModelInfo:
     transform: Transform
     embedding_dim: int
     ends_in_softmax: bool = False
+    has_head: bool = True  # in its weights
 
     @property
     def input_size(self) -> int | None:
@@ -106,7 +107,12 @@ def suffix_of(url: str) -> str:
 
 
 def result_columns(output: Output, info: ModelInfo) -> Columns:
-    """Raises ConfigError where a network can't tell classes apart, or returns probabilities for logits."""
+    """Raises ConfigError where a network can't tell classes apart, has no head, or returns probabilities for logits."""
+    if output.predictions and not info.has_head:
+        raise ConfigError(
+            "output.predictions: the weights are those of a backbone, without the head that makes predictions. Set"
+            " output.predictions=false for embeddings alone, or give the weights of the whole network."
+        )
     if output.predictions and info.num_classes == 1:
         raise ConfigError(
             "output.predictions: the network has one class, so every image would be of it, with the score 1. Give the"

@@ -15,7 +15,7 @@ import re
 import socket
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -247,8 +247,9 @@ def _without_prefix(key: str) -> str:
     return next((key.removeprefix(prefix) for prefix in PREFIXES if key.startswith(prefix)), key)
 
 
-def fill(network: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """Copy the tensors into the network. WeightsError that lists what differs unless they fit exactly."""
+def fill(network: nn.Module, state: Mapping[str, Tensor], name: str) -> str | None:
+    """Copy the tensors into the network. WeightsError that lists what differs unless they fit exactly, but for one
+    `nn.Linear` that they may lack, since backbones are stored without their head: its path is returned."""
     own = _tensors(network)
     _check_plain(own, state, name)
     shapes = {
@@ -270,14 +271,30 @@ def fill(network: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     stored = {value.data_ptr() for key, value in own.items() if key not in absent}
     missing = [key for key in absent if not key.endswith(COUNTERS) and own[key].data_ptr() not in stored]
     unexpected = [key for key in unknown if not key.endswith(COUNTERS)]
-    if missing or unexpected or shapes:
-        raise WeightsError(
-            f"the weights {redact(name)} do not fit the network"
-            + _listed("missing in the weights", missing)
-            + _listed("unknown to the network", unexpected)
-            + _listed("of another shape", list(shapes.values()))
-            + ". Check model.name and model.num_classes."
-        )
+    if not (missing or unexpected or shapes):
+        return None
+    unfilled = None if unexpected or shapes else _linear_of(network, missing)
+    if unfilled is None:
+        raise misfit(name, missing, unexpected, list(shapes.values()))
+    return unfilled
+
+
+def _linear_of(network: nn.Module, missing: list[str]) -> str | None:
+    """The path of the `nn.Linear` whose tensors are just these."""
+    layers = {path: module for path, module in network.named_modules() if isinstance(module, nn.Linear)}
+    return next((path for path in layers if {f"{path}.{key}" for key in _tensors(layers[path])} == set(missing)), None)
+
+
+def misfit(
+    name: str, missing: Sequence[str], unexpected: Sequence[str] = (), shapes: Sequence[str] = ()
+) -> WeightsError:
+    return WeightsError(
+        f"the weights {redact(name)} do not fit the network"
+        + _listed("missing in the weights", missing)
+        + _listed("unknown to the network", unexpected)
+        + _listed("of another shape", shapes)
+        + ". Check model.name and model.num_classes."
+    )
 
 
 def _check_plain(own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str) -> None:
@@ -313,7 +330,7 @@ def _tensors(network: nn.Module) -> dict[str, Tensor]:
     return {key: value for key, value in network.state_dict().items() if isinstance(value, Tensor)}
 
 
-def _listed(what: str, entries: list[str]) -> str:
+def _listed(what: str, entries: Sequence[str]) -> str:
     if not entries:
         return ""
     more = ", …" if len(entries) > SHOWN_KEYS else ""

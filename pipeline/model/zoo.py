@@ -9,7 +9,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -71,12 +71,18 @@ def build(spec: ModelSpec) -> Network:
     share_cores()
     from pipeline.model.network import Network
 
-    body = _with_weights(spec).eval()
+    body, unfilled = _with_weights(spec)
+    body.eval()
     for parameter in body.parameters():
         parameter.requires_grad_(False)
     head = _head_of(body, spec)
+    if unfilled not in (None, head.name):
+        from pipeline.model.weights import misfit
+
+        missing = [f"{unfilled}.{key}" for key in body.get_submodule(unfilled).state_dict()]
+        raise misfit(spec.weights.reference, missing)
     _check_num_classes(spec, head.num_classes)
-    return Network(body, head, spec.transform).eval()
+    return Network(body, replace(head, is_filled=unfilled is None), spec.transform).eval()
 
 
 def resolve(spec: ModelSpec) -> ModelInfo:
@@ -101,7 +107,9 @@ def resolve(spec: ModelSpec) -> ModelInfo:
             " returns %d numbers for %d classes: see to it that the pooled features are what goes into it",
             *(head.name, spec.name, head.linear.out_features, head.num_classes),
         )
-    info = ModelInfo(head.num_classes, classes, spec.transform, head.embedding_dim, ends_in_softmax(noise))
+    info = ModelInfo(
+        head.num_classes, classes, spec.transform, head.embedding_dim, ends_in_softmax(noise), head.is_filled
+    )
     path = _info_path(spec)
     if path is not None:
         with new_file(path) as temporary:
@@ -165,8 +173,9 @@ def _imagenet_names(spec: ModelSpec) -> tuple[str, ...] | None:
     return tuple(get_weight(spec.weights.reference).meta["categories"])
 
 
-def _with_weights(spec: ModelSpec) -> nn.Module:
-    """The network as made and filled, its class count taken from the weights unless the config gives one.
+def _with_weights(spec: ModelSpec) -> tuple[nn.Module, str | None]:
+    """The network as made and filled, its class count taken from the weights unless the config gives one; and the
+    linear layer that the weights lack.
 
     It has not been run before it is filled, and not been in eval mode: some derive tensors from their parameters then.
     """
@@ -174,7 +183,7 @@ def _with_weights(spec: ModelSpec) -> nn.Module:
 
     make = _maker(spec)
     if spec.weights.kind == "random":
-        return make(spec.num_classes or (len(spec.classes) if spec.classes else None))
+        return make(spec.num_classes or (len(spec.classes) if spec.classes else None)), None
     body = make(spec.num_classes)
     state = match_keys(load_state_dict(spec), body.state_dict())
     if spec.num_classes is None and not fits(body, state):
@@ -182,8 +191,7 @@ def _with_weights(spec: ModelSpec) -> nn.Module:
         # Its weight may be under other names (weight_norm), but the first dimension is that of the classes.
         found = (value for key, value in state.items() if key.startswith(f"{head.name}.") and value.ndim)
         body = make(next(found, head.linear.weight).shape[0])
-    fill(body, state, spec.weights.reference)
-    return body
+    return body, fill(body, state, spec.weights.reference)
 
 
 def _head_of(body: nn.Module, spec: ModelSpec) -> Head:

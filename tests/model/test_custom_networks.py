@@ -259,6 +259,37 @@ def test_one_class_is_no_prediction(custom):
     assert result_columns(Output(url="out", predictions=False), info).embedding_dim == 6
 
 
+def test_a_backbone_stored_without_its_head_gives_embeddings_alone(custom, tmp_path: Path):
+    """As self-supervised ones are. What lacks another layer fits nothing."""
+    two_layers = """
+        class Net(Base):
+            def __init__(self, num_classes=5):
+                super().__init__(num_classes)
+                self.hidden = nn.Linear(6, 6)
+            def forward(self, x):
+                return self.fc(self.hidden(self.features(x)))
+    """
+    whole = build(custom(two_layers, num_classes=3)).body
+    state = whole.state_dict()
+    torch.save({key: value for key, value in state.items() if not key.startswith("fc.")}, tmp_path / "backbone.pth")
+    spec = custom(two_layers, weights="backbone.pth")
+    info = resolve(spec)
+    with pytest.raises(ConfigError, match=r"those of a backbone, without the head.*output.predictions=false"):
+        result_columns(Output(url="out"), info)
+    assert result_columns(Output(url="out", predictions=False), info).embedding_dim == 6
+    with torch.inference_mode():
+        expected = whole.hidden(whole.features(normalised(PIXELS)))
+    np.testing.assert_allclose(computed(spec)[1], expected.numpy(), rtol=1e-5, atol=1e-6)
+    assert np.array_equal(computed(spec)[0], computed(spec)[0])
+
+    torch.save({key: value for key, value in state.items() if not key.startswith("hidden.")}, tmp_path / "torn.pth")
+    with pytest.raises(WeightsError, match=r"2 missing in the weights: hidden.weight, hidden.bias\. Check"):
+        resolve(custom(two_layers, weights="torn.pth"))
+    torch.save({key: value for key, value in state.items() if key != "fc.bias"}, tmp_path / "torn.pth")
+    with pytest.raises(WeightsError, match=r"1 missing in the weights: fc.bias\. Check"):
+        resolve(custom(two_layers, weights="torn.pth", num_classes=3))
+
+
 def test_probabilities_are_no_logits(custom):
     text = """
         class Net(Base):
