@@ -173,15 +173,21 @@ def preview(config: Config, limit: int) -> pa.Table:
     return preview_samples(_load(config), limit)
 
 
-def submit(config: Config, address: str, wait: bool = True, submission_id: str | None = None) -> int | str:
+def submit(
+    config: Config,
+    address: str,
+    wait: bool = True,
+    submission_id: str | None = None,
+    retry_errors: Iterable[str] | str = (),
+) -> int | str:
     """Run the config as a Ray job on the cluster at `address`, such as http://127.0.0.1:8265 or head:8265.
 
     With `wait`, follows the log and returns the job's exit code; else returns the submission id at once. Works in a
-    notebook cell as well.
+    notebook cell as well. `retry_errors` as for `run`.
     """
     from pipeline.submission import submit_job
 
-    return submit_job(_load(config), address, wait, submission_id)
+    return submit_job(_load(config), address, wait, submission_id, retry_errors)
 
 
 def demo(folder: str | Path = "demo-output", pretrained: bool = False) -> RunReport:

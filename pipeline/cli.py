@@ -245,12 +245,13 @@ def submit(
     submission_id: Annotated[
         str | None, typer.Option(metavar="NAME", help="A name for the job, to find it again.")
     ] = None,
+    retry_errors: RetryOption = None,
     debug: DebugOption = False,
 ) -> None:
     """The same run, as a Ray job on a cluster."""
     with _reporting(debug) as out:
         with redirect_stdout(out):  # the job's log is the result
-            result = api.submit(_config(arguments), address, wait, submission_id)
+            result = api.submit(_config(arguments), address, wait, submission_id, retry_errors or ())
         if wait:
             raise typer.Exit(int(result))
         print(result, file=out)

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from pipeline.config import JobConfig
 from pipeline.config_errors import has_secret
+from pipeline.error_classes import choose_classes
 from pipeline.errors import ConfigError, ExitCode, FatalError, Stopped, clean, redact
 from pipeline.model.classes import class_names
 from pipeline.model.source import locate
@@ -34,9 +35,13 @@ RECONNECTS = 5
 INTERPOLATION = re.compile(r"(\\*)\$\{")
 
 
-def submit_job(config: JobConfig, address: str, wait: bool, submission_id: str | None) -> int | str:
+def submit_job(
+    config: JobConfig, address: str, wait: bool, submission_id: str | None, retry_errors: Iterable[str] | str = ()
+) -> int | str:
     """See `pipeline.api.submit`. A submission id that the cluster knows already is followed, not started again."""
     address = dashboard(address)
+    classes = ",".join(sorted(choose_classes(retry_errors)))
+    entrypoint = f"{ENTRYPOINT} --retry-errors {classes}" if classes else ENTRYPOINT
     with tempfile.TemporaryDirectory(prefix="resnet-batch-") as folder:
         pack(config, Path(folder))
         with _answering(address):
@@ -44,7 +49,7 @@ def submit_job(config: JobConfig, address: str, wait: bool, submission_id: str |
             job = submission_id if submission_id and _is_known(client, submission_id) else None
             if job is None:
                 environment = {"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": STOP_WAIT_S}}
-                job = client.submit_job(entrypoint=ENTRYPOINT, submission_id=submission_id, runtime_env=environment)
+                job = client.submit_job(entrypoint=entrypoint, submission_id=submission_id, runtime_env=environment)
     print(f"job {job} on {redact(address)}", file=sys.stderr)
     return follow(client, job) if wait else job
 

@@ -161,3 +161,20 @@ def test_a_dashboard_that_takes_no_job_is_a_sentence(error: Exception, monkeypat
     monkeypatch.setattr(submission, "_client", lambda address: SimpleNamespace(submit_job=fail, list_jobs=fail))
     with pytest.raises(FatalError, match=r"cannot submit to the Ray dashboard at http://head:8265: .* RAY_AUTH_TOKEN"):
         pipeline.submit(digits_config("s3://raw/*.tar", "s3://labels/x"), "head:8265", submission_id="again")
+
+
+def test_errors_are_tried_again_on_the_cluster_too(monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+
+    def take(*, entrypoint: str, **_: object) -> str:
+        asked.append(entrypoint)
+        return "job"
+
+    monkeypatch.setattr(submission, "_client", lambda address: SimpleNamespace(submit_job=take))
+    config = digits_config("s3://raw/*.tar", "s3://labels/x")
+    for retry_errors in ((), ["truncated, corrupt"]):
+        assert pipeline.submit(config, "head:8265", wait=False, retry_errors=retry_errors) == "job"
+    run = "python -m pipeline run config.yaml"
+    assert asked == [run, f"{run} --retry-errors corrupt,truncated"]
+    with pytest.raises(ConfigError, match="there is no error class 'corupt'; did you mean corrupt"):
+        pipeline.submit(config, "head:8265", wait=False, retry_errors="corupt")
