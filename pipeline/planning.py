@@ -99,9 +99,14 @@ def _refuse_a_file(url: str) -> None:
     if not is_local(url):
         return
     path = local_path(url)
-    stands = next(place for place in (path, *path.parents) if os.path.exists(place))  # noqa: PTH110 - raises nothing
-    if not stands.is_dir():
-        raise ConfigError(f"output.url: {stands} is a file, not a folder. Choose another place.")
+    stands = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not os.path.isdir(stands):  # noqa: PTH112 - raises nothing
+        what = (
+            f"a link to {stands.readlink()}, where no folder can be reached"
+            if stands.is_symlink()
+            else "a file, not a folder"
+        )
+        raise ConfigError(f"output.url: {stands} is {what}. Choose another place.")
 
 
 def make_plan(config: JobConfig, retry_errors: Iterable[str] | str = ()) -> Plan:

@@ -318,9 +318,11 @@ def test_a_damaged_part_of_a_group_is_done_again(folders: Path):
 @pytest.mark.parametrize("verb", [pipeline.plan, pipeline.run, pipeline.prune])
 def test_a_file_in_the_place_of_the_output_is_named_at_once(verb: Callable[[Any], Any], below: str, tmp_path: Path):
     (tmp_path / "file").write_text("mine")
-    config = digits_config(tmp_path / "*.tar", f"{tmp_path}/file{below}")
-    with pytest.raises(ConfigError, match=rf"^output.url: {tmp_path}/file is a file, not a folder\. Choose another"):
-        verb(config)
+    (tmp_path / "link").symlink_to("/no/such/folder")
+    for name, what in (("file", "a file, not a folder"), ("link", "a link to /no/such/folder, where no folder can be")):
+        config = digits_config(tmp_path / "*.tar", f"{tmp_path}/{name}{below}")
+        with pytest.raises(ConfigError, match=rf"^output.url: {tmp_path}/{name} is {what}.*\. Choose another place"):
+            verb(config)
 
 
 # --- Error rows to be tried again ------------------------------------------------------------------------------------
