@@ -98,8 +98,9 @@ def test_ray_job_submit_labels_tars_in_a_bucket(s3: S3Server, head: Head):
     assert pipeline.verify("s3://labels/by-ray", config=make_config(config_for(s3, "by-ray"))).ok
 
 
-def test_submit_follows_the_log_and_exits_as_the_job_does(s3: S3Server, head: Head, tmp_path: Path):
-    """With a network in a file beside the config, which travels with all that it imports."""
+def test_submit_follows_the_log_to_the_end(s3: S3Server, head: Head, tmp_path: Path):
+    """With a network in a file beside the config, which travels with all that it imports. A job that ends otherwise is
+    in `test_secrets.py`."""
     (tmp_path / "my_layers.py").write_text("from pipeline.examples.network import digits_resnet20 as network\n")
     (tmp_path / "my_network.py").write_text("from my_layers import network\n\ndef build():\n    return network(10)\n")
     path = tmp_path / "job.yaml"
@@ -112,9 +113,6 @@ def test_submit_follows_the_log_and_exits_as_the_job_does(s3: S3Server, head: He
     report = last_report(s3, "by-us")
     assert report["actors"] == 2, "one actor per logical GPU"
     assert (report["predicted"], report["errors"]) == (SHARDS * (PER_SHARD - 1), SHARDS)
-    wrong = subprocess.run([*command, "output.top_k=2"], capture_output=True, text=True, timeout=240, check=False)
-    assert wrong.returncode == 1
-    assert "must not mix" in wrong.stdout
 
 
 def test_the_function_submits_too_and_can_be_asked_twice(s3: S3Server, head: Head, capsys: pytest.CaptureFixture[str]):

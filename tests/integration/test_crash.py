@@ -51,7 +51,7 @@ def test_in_local_mode_the_driver_takes_its_ray_with_it(undisturbed: tuple[Path,
     for process in psutil.wait_procs(ours, timeout=5)[1]:
         process.kill()  # two of Ray's agents outlive a driver that was killed
     assert not alive
-    assert start_run(config, tmp_path).wait(120) == ExitCode.COMPLETE
+    assert pipeline.run(config_for(shards, tmp_path)).exit_code == ExitCode.COMPLETE
     assert_whole(config, expected)
 
 
