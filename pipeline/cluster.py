@@ -97,6 +97,7 @@ def _connection(config: JobConfig) -> Iterator[Cluster]:
 
     for name, level in CHATTER.items():
         logging.getLogger(name).setLevel(level)
+    _refuse_ray_client(config.runtime.address)
     with OURS.lock:  # another run of this process, in another thread, may be about to connect or to end
         ours = OURS.users > 0 or not ray.is_initialized()
         if not ray.is_initialized():
@@ -117,11 +118,16 @@ def _connection(config: JobConfig) -> Iterator[Cluster]:
 def _begin(address: str) -> None:
     # Ray Data needs it, and there is a core to import it while Ray's servers come up.
     threading.Thread(target=import_module, args=("pandas",), daemon=True).start()
+    import ray
+
     try:
         with _first_interrupt_waits():
             _init(address)
-    except SystemExit as stop:  # what ray.init's own handler makes of a SIGTERM meanwhile
-        raise KeyboardInterrupt from stop
+    except BaseException as stop:
+        ray.shutdown()  # it may have started before it was interrupted, and would pass for the caller's own
+        if isinstance(stop, SystemExit):  # what ray.init's own handler makes of a SIGTERM meanwhile
+            raise KeyboardInterrupt from stop
+        raise
 
 
 @contextmanager
@@ -146,6 +152,16 @@ def _first_interrupt_waits() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+def _refuse_ray_client(address: str) -> None:
+    from ray.util.client import ray as client
+
+    if client.is_connected() or (address.startswith("ray://") and not is_ray_job()):
+        raise ConfigError(
+            "runtime.address: Ray Data does not run over Ray Client (ray://). Use `resnet-batch submit`, or run on a"
+            " node of the cluster and connect with host:port or auto."
+        )
+
+
 def _init(address: str) -> None:
     import ray
 
@@ -167,9 +183,9 @@ def _init(address: str) -> None:
                 ray.init(address, logging_level=logging.WARNING)
         except ValueError as cause:
             raise ConfigError(
-                f"runtime.address: {address!r} is none: {clean(cause)}. Give host:port, ray://host:port, auto or local."
+                f"runtime.address: {address!r} is none: {clean(cause)}. Give host:port, auto or local."
             ) from cause
-        except (OSError, ray.exceptions.AuthenticationError) as cause:
+        except (OSError, RuntimeError, ray.exceptions.AuthenticationError) as cause:  # another version of Ray or Python
             raise FatalError(f"runtime.address: cannot connect to {address}: {clean(cause)}.") from cause
 
 
@@ -190,7 +206,7 @@ def _is_reached(address: str) -> bool:
     where only loopback answers. Raises OSError where nobody does: Ray would try for a quarter of an hour."""
     from ray._private.services import resolve_ip_for_localhost
 
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     if not port.isdigit():
         return True
     host = host.strip("[]")
@@ -246,8 +262,8 @@ def _alone() -> Iterator[None]:
             setattr(Node, name, method)
 
 
-def describe(nodes: Iterable[Mapping[str, Any]], here: str | None) -> Cluster:
-    """The cluster of these nodes, as `ray.nodes` gives them; `here` is the id of this process's own, if it has one."""
+def describe(nodes: Iterable[Mapping[str, Any]], here: str) -> Cluster:
+    """The cluster of these nodes, as `ray.nodes` gives them; `here` is the id of this process's own."""
     alive = {node["NodeID"]: node["Resources"] for node in nodes if node["Alive"]}
     workers = [r for r in alive.values() if r.get("CPU") or r.get("GPU")]  # a head with CPU 0 does no work
     return Cluster(
@@ -258,12 +274,11 @@ def describe(nodes: Iterable[Mapping[str, Any]], here: str | None) -> Cluster:
     )
 
 
-def _this_node() -> str | None:
-    """The id of the node that this process runs on; None for one that is connected from outside (ray://)."""
+def _this_node() -> str:
+    """The id of the node that this process runs on."""
     import ray
-    from ray.util.client import ray as client
 
-    return None if client.is_connected() else ray.get_runtime_context().get_node_id()
+    return ray.get_runtime_context().get_node_id()
 
 
 def _refuse_local_paths(config: JobConfig) -> None:

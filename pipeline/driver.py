@@ -45,7 +45,7 @@ MAX_COMMITS = 16  # under way at once; more pieces than that wait in the object 
 STOP_GRACE_S = 20.0
 PUMP_GRACE_S = 5.0
 ASK_S = 10.0
-FETCH_S = 120.0
+FETCH_S = 600.0  # in which a lost piece may have to be made again
 SILENCE_S = 60.0  # before the first rows
 # Arrow's usual allocator, mimalloc, takes pages of 2 MB for each thread that commits and gives them back after every
 # commit: clearing them took as long as all the rest of it.

@@ -6,6 +6,7 @@ What the driver does while the graph runs is in `driver.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,9 +14,11 @@ import pyarrow as pa
 from ray.data import ActorPoolStrategy, DataContext, Dataset, read_datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
+from ray.data.exceptions import ExecutionTimeoutError
 
 from pipeline.cluster import Cluster
 from pipeline.deaths import Guard, Notes
+from pipeline.errors import Stopped
 from pipeline.inputs.stream import pixel_blocks, read_rows, rows_of, sample_blocks
 from pipeline.model.predictor import ResNetPredictor
 from pipeline.model.results import CALLS
@@ -75,8 +78,27 @@ def _rows_at_once(job: Job, has_few_shards: bool) -> int | None:
 def execute(dataset: Dataset) -> tuple[Iterator[Any], Callable[[], None]]:
     """Bundles of references to finished blocks as they come, and what ends the execution before that."""
     # What `iter_internal_ref_bundles` does, which keeps the executor to itself.
-    bundles, _, executor = dataset._execute_to_iterator()
-    return bundles, partial(executor.shutdown, force=True)
+    with _expecting_progress():  # which Ray Data waits for here, too, until the first block
+        bundles, _, executor = dataset._execute_to_iterator()
+    return _bundles(bundles), partial(executor.shutdown, force=True)
+
+
+def _bundles(bundles: Iterator[Any]) -> Iterator[Any]:
+    with _expecting_progress():
+        yield from bundles
+
+
+@contextmanager
+def _expecting_progress() -> Iterator[None]:
+    """Raises Stopped where Ray Data sees nothing move for as long as it waits, by itself half an hour."""
+    try:
+        yield
+    except ExecutionTimeoutError as cause:
+        minutes = DataContext.get_current().execution_no_progress_timeout_s / 60
+        raise Stopped(
+            f"nothing has moved for {minutes:.0f} minutes: others may hold the cluster's CPUs or GPUs, or nodes that"
+            " died were not replaced. Run again when there is room"
+        ) from cause
 
 
 def _context(job: Job) -> DataContext:

@@ -46,6 +46,51 @@ except KeyboardInterrupt:
     assert done.stdout.split("\n") == ["ended", "stopped True", ""], done.stderr
 
 
+def test_a_ray_that_was_interrupted_as_it_started_is_not_left_behind() -> None:
+    """The next run of a notebook would take it for the notebook's own. In a process of its own, for the signal."""
+    code = """
+import signal
+import ray
+from pipeline import cluster
+from pipeline.config import make_config
+
+started = []
+ray.is_initialized, ray.shutdown = lambda: bool(started), started.clear
+
+def start(address):
+    started.append(address)
+    signal.raise_signal(signal.SIGINT)
+
+cluster._init = start
+try:
+    with cluster.connected(make_config({"input": {"url": "s3://in"}, "output": {"url": "s3://out"}})):
+        print("connected")
+except KeyboardInterrupt:
+    print("stopped", started, cluster.OURS.users)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "stopped [] 0\n", done.stderr
+
+
+def test_ray_client_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = digits_config("s3://in", "s3://out")
+    outside = make_config(config | {"runtime": {"address": "ray://head:10001"}})
+    with pytest.raises(ConfigError, match=r"does not run over Ray Client .*resnet-batch submit"), connected(outside):
+        pass
+    monkeypatch.setattr("ray.util.client.ray.is_connected", lambda: True)
+    with pytest.raises(ConfigError, match="does not run over Ray Client"), connected(make_config(config)):
+        pass
+
+
+def test_another_version_of_ray_or_python_than_the_clusters_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def differs(*_: object, **__: object) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Python: 3.11.9")
+
+    monkeypatch.setattr("ray.init", differs)
+    with pytest.raises(FatalError, match=r"^runtime.address: cannot connect to auto: Version mismatch.*Python: 3.11.9"):
+        cluster._init("auto")
+
+
 @pytest.mark.parametrize(
     "error", [FileNotFoundError(2, "No such file", "/nohome"), AuthenticationError("No such file")]
 )
@@ -64,7 +109,6 @@ def test_what_another_node_may_know_otherwise_is_asked_of_a_worker() -> None:
     assert describe([mine], "a") == describe([mine, dead], "a") == Cluster(1, 2, 0, is_here=True)
     assert describe([mine, other], "a") == Cluster(2, 4, 0)
     assert not describe([mine | {"Resources": {}}, other], "a").is_here, "a head that does no work"
-    assert not describe([mine], None).is_here, "connected from outside"
 
 
 def test_what_our_servers_are_started_with_stays_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +129,7 @@ def test_an_address_that_is_none_is_a_sentence(address: str) -> None:
 
 
 def test_a_path_of_this_machine_is_nothing_to_a_worker_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with a head that has no CPUs and one worker, or over ray://."""
+    """As with a head that has no CPUs and one worker."""
     worker = {"NodeID": "b", "Alive": True, "Resources": {"CPU": 2.0}}
     monkeypatch.setattr("ray.nodes", lambda: [worker])
     monkeypatch.setattr("ray.is_initialized", lambda: True)

@@ -17,6 +17,7 @@ import psutil
 import pyarrow as pa
 import pytest
 import ray
+from ray.data import DataContext
 
 import pipeline
 from pipeline.cluster import Cluster
@@ -182,6 +183,21 @@ def test_a_cluster_that_is_not_there_is_a_sentence_at_once(tmp_path: Path) -> No
     run = start_run(config | {"runtime": config["runtime"] | {"address": "127.0.0.1:1"}}, tmp_path)
     assert run.wait(60) == ExitCode.FAILED
     assert "cannot connect to 127.0.0.1:1" in (tmp_path / "driver.log").read_text()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_in_which_nothing_moves_ends_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where others hold all CPUs."""
+    monkeypatch.setattr(DataContext.get_current(), "execution_no_progress_timeout_s", 3)
+    digits_tars(tmp_path / "shards", 2, 2)
+    other = ray.remote(num_cpus=2)(lambda: time.sleep(60)).remote()
+    try:
+        report = pipeline.run(digits_config(tmp_path / "shards", tmp_path / "labels", **NOOP))
+    finally:
+        ray.cancel(other, force=True)
+    assert report.exit_code == ExitCode.INCOMPLETE
+    assert "nothing has moved for 0 minutes: others may hold the cluster's CPUs" in (report.message or "")
+    assert len(list((tmp_path / "labels/_runs").glob("*/report.json"))) == 1
 
 
 def idle_run(folder: Path, watcher: Counter, shards: Sequence[str] = ()) -> Run:
