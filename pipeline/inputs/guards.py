@@ -12,6 +12,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
+from itertools import takewhile
 
 from PIL import BmpImagePlugin, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
@@ -23,11 +24,17 @@ BYTES_PER_PIECE = 512  # so many more for a large file: pixels come in large pie
 MAX_RUNS = 10_000_000  # pieces of a BMP with run lengths, which Pillow reads byte by byte: two seconds
 MAX_SCANS = 50  # over `max_pixels`, and the more of them the smaller the picture; 10 are usual
 MAX_SEGMENTS = 100_000  # of a JPEG, when its scans are counted
+MAX_EXIF = 100  # segments of a JPEG, which Pillow joins one by one
+MAX_VALUES = 1_000_000  # of a tag: Pillow makes objects of them; strips are far fewer
+MAX_FRACTIONS = 10_000  # of a tag, which are larger objects
 STEP_BYTES = 2**20
 
 _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)  # one that begins a segment, or ends it all
 _TILE_TAGS = (322, 323)  # TIFF: width and length of a tile
 _PLANAR, _SEPARATE = 284, 2
+_EXIF = b"Exif\0\0"
+_BIG_TIFF = (b"\x2b\0", b"\0\x2b")
+_BYTES, _FRACTIONS = (1, 2, 6, 7), (5, 10)  # types of TIFF's values: kept as they are, and made of two numbers
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of PNG's colour types
 _PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 
@@ -52,6 +59,24 @@ class Pieces(io.BytesIO):
         if self.left < 0:
             raise rejected("too_large", "it is cut into too many pieces")
         return super().read(size)
+
+
+def check_metadata(data: bytes) -> None:
+    """Raise Reject for metadata that would take minutes or gigabytes as soon as a header is read."""
+    if data.startswith((b"II", b"MM")):
+        check_values(data)
+    elif data.startswith(b"\xff\xd8") and data.count(_EXIF) > MAX_EXIF:  # or in a thumbnail, a second picture, a film
+        before_scans = takewhile(lambda segment: segment[0] != 0xDA, _segments(data))
+        found = sum(kind == 0xE1 and data.startswith(_EXIF, at + 2) for kind, at in before_scans)
+        if found > MAX_EXIF:
+            raise rejected("too_large", f"it has {found} segments of EXIF")
+
+
+def check_values(data: bytes) -> None:
+    """Raise Reject for a TIFF, or EXIF, with a tag of so many values that an object for each would be too much."""
+    for tag, kind, count in _tags(data):
+        if count > (MAX_FRACTIONS if kind in _FRACTIONS else MAX_VALUES) and kind not in _BYTES:
+            raise rejected("too_large", f"its tag {tag} has {count} values")
 
 
 def check_effort(data: bytes, image: ImageFile.ImageFile, max_pixels: int) -> None:
@@ -109,17 +134,24 @@ def _has_one_scan(data: bytes, image: JpegImagePlugin.JpegImageFile) -> bool:
         return False
     length = 8 + 2 * image.layers  # of the segment that begins a scan of all components, behind which Pillow stopped
     begin = image.fp.tell() - length
+    if begin < 0:  # Pillow has gone back to the beginning, as with several pictures in a file
+        return False
     return data[begin : begin + 5] == bytes([0xFF, 0xDA, 0, length - 2, image.layers])
 
 
 def _scans(data: bytes) -> int:
-    """How often the first picture of a JPEG is gone over. Raises Reject for segments without end."""
-    scans, at = 0, 2
+    """How often the first picture of a JPEG is gone over."""
+    return sum(kind == 0xDA for kind, _ in _segments(data))
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Kind and place of each segment of the first picture of a JPEG. Raises Reject for segments without end."""
+    at = 2
     for _ in range(MAX_SEGMENTS):
         found = _MARKER.search(data, at)
         if found is None or found[1] == b"\xd9":
-            return scans
-        scans += found[1] == b"\xda"
+            return
+        yield found[1][0], found.end()
         at = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
     raise rejected("too_large", f"it has more than {MAX_SEGMENTS} segments")
 
@@ -129,7 +161,7 @@ def _scans(data: bytes) -> int:
 
 def _check_tiles(data: bytes, image: TiffImagePlugin.TiffImageFile, max_pixels: int) -> None:
     """libtiff allocates a whole tile, however small the picture is."""
-    for tag, kind in _tags(data, image):
+    for tag, kind, _ in _tags(data):
         # Of other types libtiff takes the value and Pillow doesn't, so that we would see no tile at all.
         if tag in _TILE_TAGS and (kind not in (3, 4, 16) or not isinstance(image.tag_v2.get(tag), int)):
             raise rejected("corrupt", "the size of its tiles is no plain number")
@@ -138,15 +170,19 @@ def _check_tiles(data: bytes, image: TiffImagePlugin.TiffImageFile, max_pixels: 
         raise rejected("too_large", f"its tiles have {width} x {length} pixels; input.max_pixels is {max_pixels}")
 
 
-def _tags(data: bytes, image: TiffImagePlugin.TiffImageFile) -> Iterator[tuple[int, int]]:
-    """Tag and type of each entry of the directory that describes the first picture."""
+def _tags(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Tag, type and number of values of each entry of the directory that describes the first picture."""
     order = "<" if data.startswith(b"II") else ">"
-    is_big = data[2:4] in (b"\x2b\0", b"\0\x2b")
-    count, entry = (8, 20) if is_big else (2, 12)
-    begin = image.tag_v2.offset + count
-    number = int.from_bytes(data[begin - count : begin], "little" if order == "<" else "big")
-    for at in range(begin, min(begin + number * entry, len(data) - 3), entry):
-        yield struct.unpack_from(f"{order}HH", data, at)
+    is_big = data[2:4] in _BIG_TIFF
+    head, number, entry = ("8xQ", "Q", "HHQ8x") if is_big else ("4xI", "H", "HHI4x")
+    try:
+        (at,) = struct.unpack_from(order + head, data)
+        (count,) = struct.unpack_from(order + number, data, at)
+        at += struct.calcsize(order + number)
+        for place in range(at, at + count * struct.calcsize(order + entry), struct.calcsize(order + entry)):
+            yield struct.unpack_from(order + entry, data, place)
+    except (struct.error, OverflowError):  # it ends before its directory does, which is for Pillow to say
+        return
 
 
 # --- PNG -----------------------------------------------------------------------------------------------------------

@@ -36,7 +36,15 @@ from PIL import (  # noqa: F401 - importing a plugin registers its format
 
 from pipeline.config import Transform
 from pipeline.errors import Reject, clean
-from pipeline.inputs.guards import Pieces, check_effort, check_header, check_rows, rejected
+from pipeline.inputs.guards import (
+    Pieces,
+    check_effort,
+    check_header,
+    check_metadata,
+    check_rows,
+    check_values,
+    rejected,
+)
 from pipeline.inputs.resizing import TURNS, UPRIGHT, Array, Stored, Turn, axes, one_step, resized_size, two_steps
 
 # Naming the formats keeps Ghostscript (EPS) and rarely used parsers away from untrusted bytes.
@@ -140,6 +148,7 @@ def _open(data: bytes) -> ImageFile.ImageFile:
         raise rejected("empty", "there are no bytes")
     if other := _other_format(data):
         raise rejected("unsupported_format", f"this is {other}; supported are {', '.join(FORMATS)}")
+    check_metadata(data)
     for format_ in FORMATS:
         factory, accept = Image.OPEN[format_]
         accepted = accept is None or accept(data[:16])
@@ -197,6 +206,7 @@ def eight_bits(image: Image.Image) -> Array:
 def _turn(image: ImageFile.ImageFile) -> Turn:
     """How EXIF or XMP says that the picture was held. Call it before reading a JPEG or after `load`."""
     try:
+        check_values(image.info.get("exif", b"").removeprefix(b"Exif\0\0"))
         return TURNS.get(image.getexif().get(0x0112), UPRIGHT)
     except Exception:  # noqa: BLE001 - broken metadata says nothing about the pixels, which are fine
         return UPRIGHT
