@@ -19,6 +19,8 @@ from pipeline.inputs.shards import IMAGE_SUFFIXES, Shard
 from pipeline.storage import Store
 
 MAX_HEADER_BYTES = 4 * 2**20  # of one member, with its long name and extended attributes
+MAX_ATTRIBUTES = 1000  # for all members that follow: tarfile gives them to each
+MAX_NAME = 2**16  # characters; a block may hold thousands of names
 MAX_MEMBER_BYTES = 2**43  # of any member: to seek behind 2**44 is an error on many disks
 TAR_BUFFER = 2**20
 TAR_PADDING = 16 * 2**20  # how far behind the end of a compressed tar its checksum is looked for
@@ -107,9 +109,13 @@ def _next_member(tar: tarfile.TarFile, stream: _TarStream) -> tarfile.TarInfo | 
     stream.allowance = MAX_HEADER_BYTES
     member = tar.next()
     tar.members.clear()  # type: ignore[attr-defined]  # a list that grows otherwise
-    # Attributes for all that follows, which pile up header after header; each may be within its allowance.
+    # Attributes for all that follows pile up header after header; each may be within its allowance.
+    if len(tar.pax_headers) > MAX_ATTRIBUTES:
+        raise broken("corrupt_shard", f"it has more than {MAX_ATTRIBUTES} tar attributes for all members")
     if sum(len(key) + len(value) for key, value in tar.pax_headers.items()) > MAX_HEADER_BYTES:
         raise broken("corrupt_shard", f"tar attributes for all members of more than {MAX_HEADER_BYTES} bytes")
+    if member is not None and len(member.name) > MAX_NAME:
+        raise broken("corrupt_shard", f"a tar member's name has {len(member.name)} characters")
     return member
 
 
