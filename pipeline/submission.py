@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 ENTRYPOINT = "python -m pipeline run config.yaml"
 STOP_WAIT_S = "60"  # between SIGTERM and SIGKILL when the job is stopped: a run commits what it can
 RECONNECTS = 5
+NO_PYTHON = (126, 127)  # of the shell: what it was to start is not executable, or not there
 INTERPOLATION = re.compile(r"(\\*)\$\{")
 
 
@@ -141,8 +142,8 @@ def follow(client: JobSubmissionClient, job: str) -> int:
         ) from cause
     if info.driver_exit_code in list(ExitCode):
         return int(info.driver_exit_code)
-    # Without an exit code it never ran, or was stopped; with another one its driver was killed.
-    is_resumable = str(info.status) == "STOPPED" or info.driver_exit_code is not None
+    # Without an exit code, or with the shell's, it never ran, or was stopped; with another one its driver was killed.
+    is_resumable = str(info.status) == "STOPPED" or info.driver_exit_code not in (None, *NO_PYTHON)
     print(f"job {job} {str(info.status).lower()}: {info.message}", file=sys.stderr)
     return int(ExitCode.INCOMPLETE if is_resumable else ExitCode.FAILED)
 

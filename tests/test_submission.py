@@ -146,8 +146,10 @@ def test_a_job_whose_log_is_lost_is_not_called_failed(error: Exception):
         (job_info("FAILED", 137), 3),
         (job_info("STOPPED"), 3),
         (job_info("FAILED"), 1),
+        (job_info("FAILED", 126), 1),
+        (job_info("FAILED", 127), 1),
     ],
-    ids=["complete", "refused", "killed", "killed in its shell", "stopped", "never ran"],
+    ids=["complete", "refused", "killed", "killed in its shell", "stopped", "never ran", "not executable", "no python"],
 )
 def test_a_job_ends_with_an_exit_code_of_ours(info: Any, exit_code: int):
     assert submission.follow(Dashboard([], [info]), "job") == exit_code  # type: ignore[arg-type]
