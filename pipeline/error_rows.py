@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +159,9 @@ def export_errors(
         result.left_out += num_rows - num_wanted
         with suppress(NotFound):
             if num_wanted:
-                wanted = _wanted(dataset, errors.id, chosen, num_wanted)
-                _export_shard(errors, wanted, sources.get(errors.id), config, result)
+                wanted = undisturbed(partial(_wanted, dataset, errors.id, chosen, num_wanted))
+                if wanted is not None:
+                    _export_shard(errors, wanted, sources.get(errors.id), config, result)
     return result
 
 

@@ -17,7 +17,7 @@ import pytest
 
 import pipeline
 from pipeline.error_rows import file_name
-from pipeline.errors import ConfigError, NotFound
+from pipeline.errors import ConfigError, NotFound, SourceChanged
 from pipeline.examples.digits import encode_png, load_digits_images
 from pipeline.examples.tars import write_tar
 from pipeline.inputs.samples import Sample
@@ -231,6 +231,21 @@ def test_shards_that_changed_or_went_are_named(first: Path, folder: Path):
     assert export.files == 0
     assert any("one.tar has changed since it was committed: 1 not exported" in p for p in export.problems)
     assert not (folder / "again").exists()
+
+
+def test_an_errors_part_that_is_replaced_meanwhile_is_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    name = shard(pipeline.dead_letters(str(folder / "labels")), "worst.tar").id
+    disturbed = iter([False, True, True])  # it is counted, and then replaced twice
+    really_open = Store.open
+
+    def replaced(store: Store, url: str, *args: Any, **more: Any) -> BinaryIO:
+        if url.endswith(f"errors/{name}.parquet") and next(disturbed, False):
+            raise SourceChanged("replaced")
+        return really_open(store, url, *args, **more)
+
+    monkeypatch.setattr(Store, "open", replaced)
+    found = pipeline.dead_letters(str(folder / "labels"), export=folder / "bad")
+    assert (found.rows, found.export.files, found.export.problems) == (7, 5, [])
 
 
 def test_bytes_that_are_not_those_that_were_recorded_are_named(folder: Path):
