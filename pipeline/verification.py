@@ -49,7 +49,7 @@ class Verification:
     sampled: int = 0
     agreed: int = 0
     zero_embeddings: int = 0  # rows: no problem of the dataset, but they have no direction and no cosine
-    note: str = ""  # on what could not be sampled, or that there is nothing yet
+    note: str = ""  # on what could not be sampled or checked, or that there is nothing yet
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -70,12 +70,15 @@ def verify_dataset(dataset: Dataset, sample: int = 0, config: JobConfig | None =
     """Read every part of the dataset and name every offender.
 
     With `sample`, so many rows are recomputed from their source bytes, with the given config or that of the last run.
-    Raises NotFound where there is no dataset.
+    Raises NotFound where there is no dataset; one that has lost its `_dataset.json` has that problem.
     """
     if sample < 0:
         raise ConfigError(f"sample is a number of rows, 0 for none; got {sample}.")
     result = Verification(dataset.url)
     identity = dataset.identity()
+    if identity is None and (lost := dataset.lost_identity()):
+        result.problems, result.note = [lost], "nothing else was checked"
+        return result
     if identity is None and dataset.has_runs():
         result.note = "no run has committed a shard yet"
         return result

@@ -103,6 +103,35 @@ def test_after_a_night_with_nothing_to_do_there_is_nothing_wrong(tmp_path: Path)
         pipeline.status(tmp_path / "labels")
 
 
+@pytest.mark.parametrize("also_gone", [(), ("_runs",), ("_ledger",), ("data",)])
+def test_a_dataset_whose_description_is_lost_is_not_called_empty(also_gone: tuple[str, ...], dataset: Dataset):
+    """Not copied with the rest, for instance; or its run died between the deletion of a claim and the next one."""
+    for name in also_gone:
+        shutil.rmtree(Path(dataset.url, name))
+    described = Path(dataset.url, "_dataset.json")
+    fingerprint = dataset.known_identity()["model_fingerprint"]
+    described.unlink()
+    found = pipeline.verify(dataset.url)
+    (problem,) = found.problems
+    assert (found.ok, found.note) == (False, "nothing else was checked")
+    assert problem.startswith(f"{described} is missing")
+    assert f"a run of the same model ({fingerprint}) that has a shard to do writes it" in problem
+    assert CliRunner().invoke(app, ["verify", dataset.url]).exit_code == 1
+    for ask in (pipeline.status, pipeline.dead_letters, pipeline.read):
+        with pytest.raises(NotFound) as refused:
+            ask(dataset.url)
+        assert str(refused.value) == problem
+
+
+def test_what_says_nothing_in_a_dataset_without_a_description_is_not_called_nothing(dataset: Dataset):
+    Path(dataset.url, "_dataset.json").unlink()
+    for folder in ("data", "_ledger"):
+        for path in Path(dataset.url, folder).iterdir():
+            path.write_bytes(b"no file of ours")
+    (problem,) = pipeline.verify(dataset.url).problems
+    assert "_dataset.json is missing, and what data and _ledger hold is damaged or not ours" in problem
+
+
 # --- Damage ----------------------------------------------------------------------------------------------------------
 
 

@@ -139,15 +139,26 @@ class Dataset:
         return found
 
     def known_identity(self) -> Identity:
-        """What `_dataset.json` says. Raises NotFound where there is no dataset."""
+        """What `_dataset.json` says. Raises NotFound where there is no dataset, or it has lost that file."""
         found = self.identity()
         if found is None:
-            if self.has_runs():
-                raise NotFound(f"{self.url} holds nothing yet: no run has committed a shard.")
-            raise NotFound(
-                f"there is no dataset at {self.url}: it has no {IDENTITY}. Check the URL, or run a job first."
-            )
+            none = f"there is no dataset at {self.url}: it has no {IDENTITY}. Check the URL, or run a job first."
+            empty = f"{self.url} holds nothing yet: no run has committed a shard."
+            raise NotFound(self.lost_identity() or (empty if self.has_runs() else none))
         return found
+
+    def lost_identity(self) -> str:
+        """Where there is no `_dataset.json`: what to do about that, if anything stands; else nothing."""
+        owner = self.owner()
+        if owner is None or (owner == UNKNOWN and not self.has_runs()):  # somebody else's folder is no dataset
+            return ""
+        missing = f"{self.path(IDENTITY)} is missing"
+        if owner == UNKNOWN:
+            return (
+                f"{missing}, and what data and _ledger hold is damaged or not ours. Remove that, or restore the file."
+            )
+        restored = f"Restore it, or run again: a run of the same model ({owner}) that has a shard to do writes it."
+        return f"{missing}, though shards are there. {restored}"
 
     def has_runs(self) -> bool:
         """Whether a run has left its report here, if only that there was nothing to do."""
