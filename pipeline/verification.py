@@ -95,7 +95,7 @@ def verify_dataset(dataset: Dataset, sample: int = 0, config: JobConfig | None =
             result.predicted += part.footer.predicted
             result.errors += part.footer.errors
             result.zero_embeddings += part.zeros
-    result.problems.extend(_overlaps({name: part.footer for name, (part, _) in found.items() if part is not None}))
+    result.problems.extend(_overlaps({name: part for name, (part, _) in found.items() if part is not None}))
     result.problems.extend(_strangers(dataset))
     if problem := network_problem(dataset, identity):
         result.problems.append(problem)
@@ -146,6 +146,7 @@ def _check_shard(dataset: Dataset, identity: Identity, name: str, standing: Stan
     problems = [*_footer_problems(name, mark, body, part, errors), *_index_problems(part, errors)]
     if problems and dataset.standing_of(name) != standing:
         return None, [f"{CHANGED}: a run has replaced it"]
+    part.root = part.root or (errors.root if errors is not None else "")
     part.indices = part.indices[:0].copy()  # all shards' together would not be small
     return part, problems
 
@@ -158,16 +159,17 @@ def _agree_on_width(checked: Mapping[str, _Checked]) -> None:
             checked[name][1].append(f"its embeddings have {widths[name]} numbers, those of other shards {usual}")
 
 
-def _overlaps(footers: Mapping[str, Footer]) -> Iterator[str]:
+def _overlaps(parts: Mapping[str, _Scanned]) -> Iterator[str]:
     """Promise: no file stands in two groups. Two runs at once may leave that when a file that begins a group comes or
     goes; the next run mends it."""
     root = reach = holder = ""
-    for shard, name in sorted((footer.shard, name) for name, footer in footers.items()):
-        if shard.endswith("#"):  # the first group of a root, which stands before the others
-            root, reach = shard, ""
-        elif root and shard.startswith(root) and shard.removeprefix(root) <= reach:
+    groups = ((part.root, part.footer.shard, name) for name, part in parts.items() if part.root)
+    for its_root, shard, name in sorted(groups):
+        if its_root != root:
+            root, reach = its_root, ""
+        elif shard.removeprefix(root) <= reach:
             yield f"{name}: its first files stand in {holder} as well. A run puts it right."
-        last_path = footers[name].last_path or ""
+        last_path = parts[name].footer.last_path
         if last_path > reach and not last_path.endswith("\U0010ffff"):  # of a name that is not UTF-8: too far
             reach, holder = last_path, name
 
@@ -216,6 +218,7 @@ class _Scanned:
     problems: dict[str, None]  # in order, each once
     width: int = 0  # of the embeddings
     zeros: int = 0  # embeddings
+    root: str = ""  # with the # behind it, of a group of loose files whose first one is here
 
 
 def _scan(dataset: Dataset, folder: str, name: str, identity: Identity) -> _Scanned:
@@ -242,8 +245,17 @@ def _scan(dataset: Dataset, folder: str, name: str, identity: Identity) -> _Scan
             result.problems.update(dict.fromkeys([*_shard_problems(rows, footer), *found]))
             result.zeros += int((_norms(rows) == 0).sum())
             indices.append(rows["index"].to_numpy())
+            if footer.last_path and 0 in indices[-1][:1]:
+                result.root = _root(footer.shard, rows["key"][0].as_py() or "")
         result.indices = np.concatenate([result.indices, *indices])
         return result
+
+
+def _root(group: str, first: str) -> str:
+    """Its first file tells where the root ends in the URL of a group, since both may have a # in their names. The first
+    group of a root is not named after it."""
+    named = group.removesuffix(first) if group.endswith(f"#{first}") else group
+    return named if named.endswith("#") else ""
 
 
 def _part_schema(identity: Identity, schema: pa.Schema) -> pa.Schema:

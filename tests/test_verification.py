@@ -16,6 +16,7 @@ from pipeline.cli import app
 from pipeline.errors import NotFound, StoreUnavailable
 from pipeline.examples.digits import encode_png
 from pipeline.examples.tars import write_tar
+from pipeline.inputs.shards import shard_id
 from pipeline.outputs.dataset import Dataset
 from pipeline.outputs.ledger import Standings
 from pipeline.storage import Store
@@ -269,3 +270,36 @@ def test_files_that_stand_in_two_groups_are_found(tmp_path: Path):
     problems = pipeline.verify(tmp_path / "labels").problems
     assert len(problems) == len(groups) - 1
     assert all(f"stand in {first.stem} as well. A run puts it right" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "is_image"),
+    [
+        ("photos", "{:02}.png", True),
+        ("photos", "a#{:02}.png", True),
+        ("photos #1/in", "{:02}.png", True),
+        ("photos #1/in", "b#{:02}.png", False),
+    ],
+    ids=["plain", "# in names", "# in the root", "error rows alone"],
+)
+def test_files_that_stand_in_two_groups_are_found_without_the_first_group(
+    folder: str, name: str, is_image: bool, tmp_path: Path
+):
+    """Which has no file of its own where the first of all begins a group, or is damaged itself."""
+    (tmp_path / folder).mkdir(parents=True)
+    for number in range(40):
+        image = encode_png(np.full((32, 32), number, np.uint8)) if is_image else b"no image"
+        (tmp_path / folder / name.format(number)).write_bytes(image)
+    config = digits_config(tmp_path / folder, tmp_path / "labels", input={"group_size": 5})
+    dataset = commit_all(config)
+    first, second, third, *_ = (shard_id(url) for url in sorted(pipeline.plan(config).done))
+    for path in Path(dataset.url).rglob(f"{first}.*"):
+        path.unlink()
+    assert pipeline.verify(dataset.url).ok
+    footer = dataset.read_footer("data", third)
+    paths = [path for path in (Path(dataset.url, f, f"{second}.parquet") for f in ("data", "errors")) if path.exists()]
+    for path in paths:
+        rewrite(path, lambda rows: rows, last_path=footer.last_path)
+    vouch(dataset, second)
+    (problem,) = pipeline.verify(dataset.url).problems
+    assert problem == f"{third}: its first files stand in {second} as well. A run puts it right."
