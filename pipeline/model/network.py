@@ -105,6 +105,18 @@ def find_head(body: nn.Module, input_size: int | None, name: str) -> Head:
     return Head(linear, linear_name, num_classes, embedding_dim, size, is_contiguous)
 
 
+def set_arithmetic() -> None:
+    """Have torch compute in fp32 where it says so (no TF32, no bfloat16), and the same on every run: in all of this
+    process, since torch keeps it so. After a network's own code has run, which may have set what is faster."""
+    backends: Any = torch.backends
+    for backend in (backends, backends.mkldnn, backends.mkldnn.conv, backends.cudnn, backends.cudnn.rnn):
+        backend.fp32_precision = "none"  # which goes before what is set below
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
 def ends_in_softmax(logits: Tensor) -> bool:
     """Whether what a network returns for images of noise (N, C) is probabilities."""
     return logits.shape[1] > 1 and bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() < SUM_TOLERANCE).all())

@@ -22,6 +22,7 @@ from pipeline.config import digest
 from pipeline.errors import ConfigError, clean
 from pipeline.model.cache import cache_directory, lock
 from pipeline.model.engines import OutOfMemory, Pixels, Rows, num_cores
+from pipeline.model.network import Network
 from pipeline.model.results import Wanted
 from pipeline.model.spec import ModelInfo, ModelSpec
 from pipeline.model.zoo import build, cache_key
@@ -108,7 +109,7 @@ def results_of(logits: Tensor, embeddings: Tensor, wanted: Wanted) -> tuple[Tens
 def load_eager(spec: ModelSpec, device: str, threads: int | None) -> TorchEngine:
     """The network in channels_last, or as it is where it does not run so, which is said.
 
-    Sets threads and arithmetic, which torch keeps per process.
+    Sets threads, and through `build` arithmetic, which torch keeps per process.
     """
     _prepare(device, threads)
     dtype = DTYPES.get(spec.precision)
@@ -116,7 +117,7 @@ def load_eager(spec: ModelSpec, device: str, threads: int | None) -> TorchEngine
         raise ConfigError(
             f"model.precision: {torch.cuda.get_device_name()} has no bfloat16, and would be slow at it. Use float16."
         )
-    network = build(spec)
+    network = _built(spec, device, threads)
     side = network.head.input_size
     try:
         with memory_errors():
@@ -129,7 +130,7 @@ def load_eager(spec: ModelSpec, device: str, threads: int | None) -> TorchEngine
     except RuntimeError as cause:  # some look at how their weights lie in memory, or at their type
         log.warning("%s is computed as it is, which may be slower than in channels_last: %s", spec.name, clean(cause))
         with memory_errors():
-            engine = TorchEngine(build(spec).to(device), torch.device(device), dtype)
+            engine = TorchEngine(_built(spec, device, threads).to(device), torch.device(device), dtype)
         engine(np.zeros((2, side, side, 3), np.uint8))
     return engine
 
@@ -198,6 +199,12 @@ def compile_options(device: str, size: int | None) -> dict[str, Any]:
     return {"freezing": True, "triton.cudagraphs": device == "cuda" and size is not None}
 
 
+def _built(spec: ModelSpec, device: str, threads: int | None) -> Network:
+    network = build(spec)
+    _prepare(device, threads)  # again: its own code may set a number of threads
+    return network
+
+
 def _convert_weights(network: nn.Module, dtype: torch.dtype) -> None:
     """Convert the weights that autocast would convert for every batch. The numbers are the same.
 
@@ -210,7 +217,7 @@ def _convert_weights(network: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _prepare(device: str, threads: int | None) -> None:
-    """Threads, and arithmetic that is fp32 where it says so (no TF32) and the same on every run."""
+    """Threads; ConfigError where there is no such device."""
     if torch.device(device).type == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError(
@@ -218,7 +225,3 @@ def _prepare(device: str, threads: int | None) -> None:
             )
     else:
         torch.set_num_threads(threads or num_cores())
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True

@@ -69,7 +69,7 @@ def build(spec: ModelSpec) -> Network:
     `model.num_classes` says; WeightsError.
     """
     share_cores()
-    from pipeline.model.network import Network
+    from pipeline.model.network import Network, set_arithmetic
 
     body, unfilled = _with_weights(spec)
     body.eval()
@@ -82,6 +82,7 @@ def build(spec: ModelSpec) -> Network:
         missing = [f"{unfilled}.{key}" for key in body.get_submodule(unfilled).state_dict()]
         raise misfit(spec.weights.reference, missing)
     _check_num_classes(spec, head.num_classes)
+    set_arithmetic()
     return Network(body, replace(head, is_filled=unfilled is None), spec.transform).eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -194,3 +195,28 @@ def test_heads_that_switch_autocast_off_run_in_reduced_precision(custom):
     )
     logits, _ = load_engine("eager", spec, resolve(spec), "cpu", 3)(PIXELS)
     np.testing.assert_allclose(logits, computed(spec)[0], atol=0.05)
+
+
+def test_what_a_networks_code_sets_for_training_does_not_hold_for_its_results(custom):
+    text = """
+        def hasten():
+            torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+            torch.backends.cudnn.deterministic = False
+            torch.backends.mkldnn.conv.fp32_precision = "bf16"
+            torch.backends.cudnn.fp32_precision = "tf32"
+            torch.set_float32_matmul_precision("medium")
+            torch.set_num_threads(3)
+        hasten()
+        def make():
+            hasten()
+            return Net()
+    """
+    spec = custom(textwrap.dedent(text) + FUNCTIONAL, "net:make")
+    info = resolve(spec)
+    for engine in ("openvino", "eager", "compile"):
+        load_engine(engine, spec, info, "cpu", 3, threads=2)
+        cudnn = torch.backends.cudnn
+        assert engine == "openvino" or torch.get_num_threads() == 2
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert (cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic) == (False, False, True)
+        assert torch.backends.mkldnn.conv.fp32_precision == "none"
