@@ -148,6 +148,27 @@ def check_rows(network: Network, name: str) -> Tensor:
     return logits
 
 
+def depends_on_head(network: Network) -> bool:
+    """Whether other weights of the head give images of noise another embedding, as where it is executed twice."""
+    side = network.head.input_size
+    noise = torch.randint(0, 256, (2, side, side, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    tensors = [value for value in network.head.linear.state_dict().values() if isinstance(value, Tensor)]
+    before = [value.clone() for value in tensors]
+    with torch.inference_mode():
+        with _attributes_kept(network.body):
+            own = network(noise)[1]
+        try:
+            for value in tensors:
+                # Not one number for all, which a norm behind the head would take away.
+                value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(1)))
+            with _attributes_kept(network.body):
+                other = network(noise)[1]
+        finally:
+            for value, kept in zip(tensors, before, strict=True):
+                value.copy_(kept)
+    return not torch.allclose(own, other, rtol=ROW_TOLERANCE, atol=0, equal_nan=True)
+
+
 def _width(found: Any, what: str) -> int:
     if _is_row_each(found):
         return int(found.shape[1])

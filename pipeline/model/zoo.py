@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Transform, digest
-from pipeline.errors import ConfigError, PipelineError, clean
+from pipeline.errors import ConfigError, PipelineError, WeightsError, clean
 from pipeline.model.cache import cache_directory, file_sha256, new_file
 from pipeline.model.catalog import NUM_IMAGENET_CLASSES
 from pipeline.model.classes import check_count
@@ -77,31 +77,36 @@ def build(spec: ModelSpec) -> Network:
         parameter.requires_grad_(False)
     head = _head_of(body, spec)
     if unfilled not in (None, head.name):
-        from pipeline.model.weights import misfit
-
-        missing = [f"{unfilled}.{key}" for key in body.get_submodule(unfilled).state_dict()]
-        raise misfit(spec.weights.reference, missing)
+        raise _lacks(spec, body, unfilled)
     _check_num_classes(spec, head.num_classes)
     set_arithmetic()
     return Network(body, replace(head, is_filled=unfilled is None), spec.transform).eval()
+
+
+def _lacks(spec: ModelSpec, body: nn.Module, layer: str) -> WeightsError:
+    from pipeline.model.weights import misfit
+
+    return misfit(spec.weights.reference, [f"{layer}.{key}" for key in body.get_submodule(layer).state_dict()])
 
 
 def resolve(spec: ModelSpec) -> ModelInfo:
     """What is to be known of the model besides its spec. Builds the network unless this node remembers it.
 
     Raises ConfigError if there is not one class name for every class, or if a row of the results depends on others;
-    else as `build`.
+    WeightsError if embeddings need a head that the weights lack; else as `build`.
     """
     known = remembered(spec)
     if known is not None:
         return known
     share_cores()
-    from pipeline.model.network import check_rows, ends_in_softmax
+    from pipeline.model.network import check_rows, depends_on_head, ends_in_softmax
 
     network, classes = build(spec), spec.classes or _imagenet_names(spec)
     head = network.head
     check_count(classes, head.num_classes)
     noise = check_rows(network, spec.name)
+    if not head.is_filled and depends_on_head(network):
+        raise _lacks(spec, network.body, head.name)
     if head.linear.out_features != head.num_classes:
         log.warning(
             "model.name: the embedding is what %s is given, the last nn.Linear that %s executes. That is no head, as it"

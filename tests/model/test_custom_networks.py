@@ -290,6 +290,23 @@ def test_a_backbone_stored_without_its_head_gives_embeddings_alone(custom, tmp_p
         resolve(custom(two_layers, weights="torn.pth", num_classes=3))
 
 
+@pytest.mark.parametrize("line", ["F.relu(self.fc(f))", "F.layer_norm(self.fc(f), (6,))", "f @ self.fc.weight"])
+def test_a_head_that_the_embedding_is_made_with_may_not_be_missing(custom, tmp_path: Path, line: str):
+    text = """
+        class Net(Base):
+            def __init__(self):
+                super().__init__(6)
+            def forward(self, x):
+                f = self.features(x)
+                return self.fc({})
+    """
+    state = build(custom(text.format("f"))).body.state_dict()
+    torch.save({key: state[key] for key in ("conv.weight", "conv.bias")}, tmp_path / "backbone.pth")
+    assert not resolve(custom(text.format("f"), weights="backbone.pth")).has_head
+    with pytest.raises(WeightsError, match="2 missing in the weights: fc.weight, fc.bias"):
+        resolve(custom(text.format(line), weights="backbone.pth"))
+
+
 def test_probabilities_are_no_logits(custom):
     text = """
         class Net(Base):
