@@ -34,7 +34,8 @@ BY_FILE = {pipeline.__name__, "torch", "torchvision"}
 # What a network's code may read, apart from its own files and the packages that it imports by name.
 OPAQUE = {"__import__", "environ", "eval", "exec", "getenv", "importlib", "open", "read_bytes", "read_text"}
 OPAQUE |= {"from_pretrained", "fromfile", "genfromtxt", "load", "load_file", "loadtxt", "memmap", "read_csv"}
-OPAQUE |= {"load_model", "load_state_dict_from_url", "safe_open", "urlopen", "urlretrieve"}
+OPAQUE |= {"load_model", "load_state_dict_from_url", "safe_open", "urlopen", "urlretrieve", "get_data", "configparser"}
+OPAQUE |= {"File", "ZipFile", "argv", "imread", "loadmat", "read_json", "read_parquet", "read_pickle"}
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ def _is_fixed(top: str, files: Mapping[str, bytes]) -> bool:
 
 def installed_packages() -> list[str]:
     """Every installed package with its version, as the folders of their metadata are named."""
-    roots = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()}
+    roots = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    roots |= {*site.getsitepackages(), site.getusersitepackages()}
     return sorted(path.name for root in roots for path in Path(root).glob("*-info"))
 
 

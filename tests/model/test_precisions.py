@@ -229,10 +229,13 @@ def test_what_was_made_of_a_network_is_made_anew_when_it_changes(tmp_path: Path,
     assert key(layers=LAYERS.replace("3, 4, 3", "3, 4, 3, padding=1")) not in (None, before)
     torch.save({}, tmp_path / "net.pth")
     assert key() not in (None, before)
-    before = key()
-    (tmp_path / "site" / "timm-2.0.dist-info").mkdir(parents=True)
-    monkeypatch.setattr("site.getsitepackages", lambda: [str(tmp_path / "site")])
-    assert key() not in (None, before)
+    for name in ("site", "usersite"):
+        before = key()
+        folder = tmp_path / name
+        (folder / "timm-2.0.dist-info").mkdir(parents=True)
+        found = [str(folder)] if name == "site" else str(folder)
+        monkeypatch.setattr(f"site.get{name}packages", lambda found=found: found)
+        assert key() not in (None, before)
 
 
 @pytest.mark.parametrize(
@@ -242,6 +245,14 @@ def test_what_was_made_of_a_network_is_made_anew_when_it_changes(tmp_path: Path,
         "import importlib\nbeside = importlib.import_module('beside')\n",
         "channels = int(open('/etc/channels').read())\n",
         "import os\nchannels = os.environ['CHANNELS']\n",
+        "import sys\nchannels = int(sys.argv[1])\n",
+        "import configparser as settings\nfound = settings.ConfigParser()\n",
+        "import pkgutil\nchannels = int(pkgutil.get_data('layers', 'channels'))\n",
+        "from zipfile import ZipFile\nfound = ZipFile('/etc/channels.zip')\n",
+        "import numpy as h5py\nfound = h5py.File('/etc/channels')\n",
+        "import numpy as cv2\nfound = cv2.imread('/etc/channels.png')\n",
+        "from scipy.io import loadmat\nfound = loadmat('/etc/channels')\n",
+        *(f"import pandas\nfound = pandas.read_{kind}('/etc/channels')\n" for kind in ("json", "parquet", "pickle")),
     ],
 )
 def test_what_may_change_unseen_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: str):
