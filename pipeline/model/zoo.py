@@ -217,7 +217,9 @@ def _head_of(body: nn.Module, spec: ModelSpec) -> Head:
 def _maker(spec: ModelSpec) -> Callable[[int | None], nn.Module]:
     """What makes the untrained network with a given number of classes, or with its own if that is None."""
     if spec.source is not None:
-        factory = load_callable(spec.source)
+        # Modules may draw numbers too. Not with the config's seed: a process imports once, for whichever comes first.
+        with _seeded(0):
+            factory = load_callable(spec.source)
         takes = _takes_num_classes(factory)
         if spec.weights.kind == "file" and _needs_num_classes(factory):  # until the file's head is seen
             factory = partial(factory, num_classes=NUM_IMAGENET_CLASSES)

@@ -212,3 +212,21 @@ def test_the_name_of_an_installed_module_is_refused_where_that_is_in_use(tmp_pat
     source = locate("wave:build", write(tmp_path, {"wave.py": "def build(): ...\n"}))
     with pytest.raises(ConfigError, match=r"wave is also the name of an installed module, .*/wave.py.*Rename yours"):
         load_callable(source)
+
+
+def test_what_a_module_draws_as_it_is_imported_is_the_same_in_every_process(custom, tmp_path: Path):
+    spec = custom("""
+        DRAWN = torch.randn(6)
+        class Net(Base):
+            def forward(self, x):
+                return self.fc(self.features(x) * DRAWN)
+    """)
+    code = """
+import pickle, sys
+from pathlib import Path
+from tests.model.helpers import computed
+print(computed(pickle.loads(Path(sys.argv[1]).read_bytes()))[1].tobytes().hex())
+"""
+    (tmp_path / "spec").write_bytes(pickle.dumps(spec))
+    one, other = (python(code, tmp_path / "spec") for _ in range(2))
+    assert output_of(one) == output_of(other)
