@@ -130,9 +130,7 @@ def remembered(spec: ModelSpec) -> ModelInfo | None:
     path = _info_path(spec)
     if path is None or not path.is_file():
         return None
-    info = _from_json(path.read_text())
-    _check_num_classes(spec, info.num_classes)
-    return info
+    return _from_json(path.read_text())
 
 
 def _info_path(spec: ModelSpec) -> Path | None:
@@ -153,8 +151,9 @@ def cache_key(spec: ModelSpec, *packages: str) -> str | None:
         others = installed_packages()
     code = {path.name: file_sha256(path) for path in sorted(Path(__file__).parent.glob("*.py"))}
     made_with = [[package, version(package)] for package in packages]
-    # The sha256, since a fingerprint knows torchvision's weights by name, and what is cached is not checked again.
-    return digest([spec.fingerprint, spec.weights.sha256, code, made_with, *others], 32)
+    # The sha256, since a fingerprint knows torchvision's weights by name, and what is cached is not checked again; the
+    # class count, since weights without a head leave it open, and a fingerprint leaves it to the weights.
+    return digest([spec.fingerprint, spec.weights.sha256, spec.num_classes, code, made_with, *others], 32)
 
 
 def _check_num_classes(spec: ModelSpec, found: int) -> None:
