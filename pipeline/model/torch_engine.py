@@ -127,7 +127,9 @@ def load_eager(spec: ModelSpec, device: str, threads: int | None) -> TorchEngine
                 _convert_weights(network, dtype)
             engine = TorchEngine(network.to(device), torch.device(device), dtype)
         engine(np.zeros((2, side, side, 3), np.uint8))
-    except RuntimeError as cause:  # some look at how their weights lie in memory, or at their type
+    except OutOfMemory:
+        raise
+    except Exception as cause:  # noqa: BLE001 - some look at how their weights lie in memory, or at their type
         log.warning("%s is computed as it is, which may be slower than in channels_last: %s", spec.name, clean(cause))
         with memory_errors():
             engine = TorchEngine(_built(spec, device, threads).to(device), torch.device(device), dtype)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.errors import ConfigError, WeightsError
-from pipeline.model.engines import Unconvertible, load_engine
+from pipeline.model.engines import OutOfMemory, Unconvertible, load_engine
 from pipeline.model.openvino_engine import converted
 from pipeline.model.zoo import build, resolve
 from tests.model.helpers import FUNCTIONAL, PIXELS, computed, normalised, output_of, python
@@ -95,7 +95,7 @@ def test_a_resnet_with_group_norms_is_compiled(custom):
     spec = custom(text, "net:make")
     code = """
 import pickle, sys
-from pipeline.model.engines import Unconvertible, load_engine
+from pipeline.model.engines import OutOfMemory, Unconvertible, load_engine
 from pipeline.model.zoo import resolve
 spec = pickle.loads(bytes.fromhex(sys.argv[1]))
 print(load_engine("openvino", spec, resolve(spec), "cpu", 2).streams)
@@ -131,6 +131,38 @@ def test_a_network_that_looks_at_how_its_weights_lie_runs_as_it_is(custom, caplo
     logits, _ = load_engine("eager", spec, resolve(spec), "cpu", 3)(PIXELS)
     np.testing.assert_allclose(logits, computed(spec)[0], rtol=1e-5)
     assert "net:Net is computed as it is" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "assert self.conv.weight.is_contiguous(), 'not as it was'",
+        "x = x if self.conv.weight.is_contiguous() else [].no_such",
+        "x = x if self.conv.weight.is_contiguous() else F.relu(None)",
+    ],
+)
+def test_whatever_a_network_raises_about_how_its_weights_lie_it_runs_as_it_is(custom, caplog, line: str):
+    spec = custom(f"""
+        class Net(Base):
+            def forward(self, x):
+                {line}
+                return self.fc(self.features(x))
+    """)
+    logits, _ = load_engine("eager", spec, resolve(spec), "cpu", 3)(PIXELS)
+    np.testing.assert_allclose(logits, computed(spec)[0], rtol=1e-5)
+    assert "net:Net is computed as it is" in caplog.text
+
+
+def test_memory_that_does_not_suffice_is_no_reason_to_load_a_network_again(custom):
+    spec = custom("""
+        class Net(Base):
+            def forward(self, x):
+                if not self.conv.weight.is_contiguous():
+                    raise torch.OutOfMemoryError("none left")
+                return self.fc(self.features(x))
+    """)
+    with pytest.raises(OutOfMemory, match="none left"):
+        load_engine("eager", spec, resolve(spec), "cpu", 3)
 
 
 def test_networks_that_squeeze_a_single_image(custom):
