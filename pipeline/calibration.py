@@ -101,9 +101,13 @@ def spread(shards: Sequence[Shard]) -> list[Shard]:
     return [shards[int(number * step)] for number in range(min(len(shards), NUM_SHARDS))]
 
 
-def calibrate(spec: ModelSpec, config: JobConfig, shards: Sequence[Shard], notes: Notes | None = None) -> ModelSpec:
+def calibrate(
+    spec: ModelSpec, config: JobConfig, shards: Sequence[Shard], notes: Notes | None = None, has_head: bool = True
+) -> ModelSpec:
     """Make the network of a dataset that has none, of the first images of these shards, unless a rival is faster.
     With `notes`, an image that kills its process is left out once it has done so several times.
+
+    Without a head in its weights, the network's classes say nothing, and are not compared.
 
     Needs torch and NNCF. Raises FatalError if no image can be decoded, StoreUnavailable if none can be
     read, and what `quantise` raises.
@@ -118,7 +122,8 @@ def calibrate(spec: ModelSpec, config: JobConfig, shards: Sequence[Shard], notes
     if len(images) < FEW_IMAGES:
         log.warning("int8 is calibrated on %d images only; some %d make it better", len(images), NUM_IMAGES)
     network = quantise(spec, images)
-    _report(agreement(spec, network, images[:: -(-len(images) // CHECKED_IMAGES)]))
+    if has_head:
+        _report(agreement(spec, network, images[:: -(-len(images) // CHECKED_IMAGES)]))
     dataset.store.put_if_absent(_url(spec, dataset), packed(network))
     sha256 = _standing(spec, dataset)
     assert sha256 is not None, "it was put a moment ago"

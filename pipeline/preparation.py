@@ -153,8 +153,9 @@ def _begin_settling(
 def _settle(spec: ModelSpec, config: JobConfig, on_gpu: bool, shards: Sequence[Shard], notes: Notes | None) -> _Settled:
     device = _device(spec, config, on_gpu)
     info, engine = resolve(spec), find_engine(config.runtime.engine, device, spec)
+    result_columns(config.output, info)  # what it refuses is not calibrated first
     if spec.needs_calibration:
-        spec = calibrate(spec, config, shards, notes)
+        spec = calibrate(spec, config, shards, notes, info.has_head)
     wanted = config.runtime.batch_size
     batch_size = wanted if wanted != "auto" else choose_batch_size(spec, info, engine, device)
     return _Settled(spec, info, device, engine, batch_size)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import pipeline
 from pipeline.calibration import NUM_SHARDS, _images, calibrate, known_spec, spread
@@ -23,9 +24,9 @@ from pipeline.inputs import stream
 from pipeline.inputs.images import decode
 from pipeline.inputs.shards import Shard, discover
 from pipeline.model.spec import make_spec
-from pipeline.preparation import CALIBRATION_RETRIES
+from pipeline.preparation import CALIBRATION_RETRIES, _settle
 from pipeline.storage import Store
-from tests.support.jobs import assert_exactly_once, assert_no_leftovers, digits_config, digits_tars, rows
+from tests.support.jobs import WEIGHTS, assert_exactly_once, assert_no_leftovers, digits_config, digits_tars, rows
 from tests.test_deaths import Died, Machine
 
 INT8 = {"precision": "int8"}
@@ -143,6 +144,33 @@ def test_of_two_first_runs_both_go_on_with_one_network(small: Path, tmp_path: Pa
     assert "int8 is calibrated on 6 images only" in caplog.text
     elsewhere = calibrate(before, job(small, tmp_path / "others"), [second])
     assert elsewhere.fingerprint != winner.fingerprint  # other images make another model
+
+
+@pytest.fixture
+def backbone(tmp_path: Path) -> str:
+    """The digits' weights without their head."""
+    state = {key: value for key, value in load_file(WEIGHTS).items() if not key.startswith("fc.")}
+    save_file(state, tmp_path / "backbone.safetensors")
+    return str(tmp_path / "backbone.safetensors")
+
+
+def test_a_model_that_is_refused_is_not_calibrated_first(small: Path, tmp_path: Path, backbone: str):
+    config = job(small, tmp_path / "labels", weights=backbone)
+    with pytest.raises(ConfigError, match="output.predictions: the weights are those of a backbone"):
+        _settle(known_spec(config), config, False, listed(config), None)
+    assert not (tmp_path / "labels").exists()
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+def test_classes_are_compared_where_the_weights_tell_them(
+    small: Path, tmp_path: Path, backbone: str, has_head: bool, monkeypatch: pytest.MonkeyPatch, caplog
+):
+    monkeypatch.setattr("pipeline.calibration.agreement", lambda *_: 0.1)
+    config = job(small, tmp_path / "labels", **({} if has_head else {"weights": backbone}))
+    output = config.output.model_copy(update={"predictions": False})
+    config = config.model_copy(update={"output": output})
+    assert _settle(known_spec(config), config, False, listed(config), None).spec.quantised is not None
+    assert ("int8 gives only 10 % of the calibration images" in caplog.text) == has_head
 
 
 def test_shards_are_taken_from_all_over_the_plan(small: Path, tmp_path: Path):
