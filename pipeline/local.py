@@ -82,7 +82,7 @@ def _results(rows: list[Row], config: JobConfig, spec: ModelSpec) -> pa.Table:
     """Identity, results, and `error` and `message` where there is no result; sorted by shard and index."""
     device = "cpu" if spec.is_noop else _device(config.runtime.device)
     batch_size = max(size for size in BATCH_SIZES if size == 1 or size * BATCHES[device] <= len(rows))
-    wanted = _Wanted(spec.fingerprint, spec, config.output)
+    wanted = _Wanted(spec.fingerprint, config.output.top_k, spec, config.output)
     predictor = _predictor(wanted, config.runtime.engine, device, batch_size, config.input.max_pixels)
     blocks = pixel_blocks(rows, spec.transform, config.input, batch_size * BATCHES_PER_BLOCK)
     schema = predictor.columns.pieces()
@@ -104,9 +104,11 @@ def _device(requested: str) -> str:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A model and the columns that it is to fill. As a cache's key its fingerprint says it all."""
+    """A model and the columns that it is to fill. As a cache's key its fingerprint says it all, but for classes that
+    are asked for besides those of the columns."""
 
     fingerprint: str
+    top_k: int
     spec: ModelSpec = field(compare=False)
     output: Output = field(compare=False)
 

@@ -124,6 +124,9 @@ def _compare(
     wanted: dict[str, set[int]] = {}
     for row in rows:
         wanted.setdefault(row["shard"], set()).add(row["index"])
+    # Two classes at least, which a margin lies between.
+    output = config.output.model_copy(update={"top_k": max(config.output.top_k, 2)})
+    config = config.model_copy(update={"output": output})
     again = predict_rows([(shards[url], indices) for url, indices in wanted.items()], config, spec)
     known = {(row["shard"], row["index"]): row for row in again.to_pylist()}
     for row in rows:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 import pipeline
 from pipeline.config import make_config
@@ -81,6 +82,22 @@ def test_rows_that_only_computing_again_finds_out(
     assert (found.sampled, found.agreed) == (57, 57 - wrong)
     assert len(found.problems) == wrong
     assert all(message in problem and "digits-000.tar index" in problem for problem in found.problems)
+
+
+def test_near_ties_may_be_decided_otherwise_where_one_class_is_stored(tmp_path: Path):
+    state = load_file(WEIGHTS)
+    even = {key: np.zeros_like(value) if key.startswith("fc.") else value for key, value in state.items()}
+    save_file(even, tmp_path / "even.safetensors")
+    digits_tars(tmp_path / "shards", 1, PER_SHARD)
+    model, output = {"weights": str(tmp_path / "even.safetensors")}, {"top_k": 1}
+    config = digits_config(tmp_path / "shards", tmp_path / "labels", model=model, output=output)
+    dataset = commit_all(config)
+    rewrite(part(dataset), plant_label)
+    vouch(dataset, names(dataset)[0])
+    found = pipeline.verify(dataset.url, sample=100, config=config)
+    assert (found.sampled, found.problems) == (PER_SHARD, [])
+    images = [np.zeros((8, 8), np.uint8)] * PER_SHARD
+    assert {len(row["top_k"]) for row in pipeline.predict(images, config).to_pylist()} == {1}
 
 
 def test_embeddings_are_compared_around_their_mean():
