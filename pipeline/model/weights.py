@@ -322,7 +322,12 @@ def fits(network: nn.Module, state: Mapping[str, Tensor]) -> bool:
 
 
 def _of_another_shape(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    return [key for key, value in own.items() if key in state and state[key].shape != value.shape]
+    return [key for key, value in own.items() if key in state and not _has_shape(state[key], value.shape)]
+
+
+def _has_shape(stored: Tensor, shape: torch.Size) -> bool:
+    """A single number may be a vector of one, as torch 0.3 stored it: torch takes either."""
+    return stored.shape == shape or (stored.shape == (1,) and shape == ())
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:

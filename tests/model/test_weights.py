@@ -216,6 +216,20 @@ def test_old_checkpoints_without_batch_counters_fit():
     assert torch.equal(other.fc.weight, network().fc.weight)
 
 
+def test_single_numbers_may_be_stored_as_vectors_of_one():
+    class Scaled(torch.nn.BatchNorm2d):
+        def __init__(self):
+            super().__init__(2)
+            self.scale = torch.nn.Parameter(torch.tensor(1.0))
+
+    state = Scaled().state_dict() | {"scale": torch.tensor([3.0]), "num_batches_tracked": torch.tensor([7])}
+    other = Scaled()
+    fill(other, state, "net.pth")
+    assert (other.scale.item(), other.num_batches_tracked.item()) == (3, 7)
+    with pytest.raises(WeightsError, match=r"of another shape: scale \(2,\) instead of \(\)"):
+        fill(other, state | {"scale": torch.ones(2)}, "net.pth")
+
+
 def test_what_a_network_keeps_besides_tensors_is_its_own_affair():
     class Keeping(torch.nn.Linear):
         def get_extra_state(self):
