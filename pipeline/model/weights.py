@@ -32,12 +32,12 @@ from pipeline.storage import is_local
 log = logging.getLogger(__name__)
 
 
-class StateDict(dict[str, Tensor]):
-    """Tensors by key, and what torch keeps beside them: the version of the code that wrote each module, by its path.
-    Modules look at it to convert what an older version has written."""
+class StateDict(dict[str, Any]):
+    """Tensors by key, the plain values of `get_extra_state` among them, and what torch keeps beside: the version of the
+    code that wrote each module, by its path. Modules look at it to convert what an older version has written."""
 
-    def __init__(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] = (), metadata: Any = None) -> None:
-        super().__init__(tensors)
+    def __init__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), metadata: Any = None) -> None:
+        super().__init__(values)
         # Nothing but versions is taken from a file: torch does other things as well that are asked for here.
         self._metadata = {
             path: {"version": module["version"]}
@@ -57,6 +57,7 @@ PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.", "backbone.", 
 # any module inside.
 INSERTED = re.compile(r"\b(?:module|_(?:forward_module|orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module))\.")
 COUNTERS = ("num_batches_tracked", "n_averaged")
+EXTRA = "_extra_state"  # torch's name for what a module keeps besides tensors
 SHOWN_KEYS = 10
 # How files begin that are often found under a checkpoint's name.
 OTHER_FILES = {
@@ -212,7 +213,7 @@ def _state_in(saved: Any, depth: int = 8) -> StateDict:
         return StateDict()
     inner = next(filter(None, (_state_in(saved.get(key), depth - 1) for key in WRAPPERS)), None)
     return inner or StateDict(
-        ((str(key), value) for key, value in saved.items() if isinstance(value, Tensor)),
+        ((str(key), value) for key, value in saved.items() if isinstance(value, Tensor) or _is_extra(str(key))),
         getattr(saved, "_metadata", None),
     )
 
@@ -223,7 +224,7 @@ def match_keys(state: StateDict, own: Iterable[str]) -> StateDict:
     Prefixes are taken off one layer at a time; the layer at which most keys are the network's own is the right one.
     Where all of them came from under a prefix, what lay beside it is something else's, such as the loss's.
     """
-    wanted = {key for key in own if not key.endswith(COUNTERS)}
+    wanted = {key for key in own if not (key.endswith(COUNTERS) or _is_extra(key))}
     found, beside = max(_layers(state), key=lambda layer: len(wanted & layer[0].keys()))
     if not beside or not wanted <= found.keys() - beside:
         return found
@@ -247,7 +248,7 @@ def _without_prefix(key: str) -> str:
     return next((key.removeprefix(prefix) for prefix in PREFIXES if key.startswith(prefix)), key)
 
 
-def fill(network: nn.Module, state: Mapping[str, Tensor], name: str) -> str | None:
+def fill(network: nn.Module, state: Mapping[str, Any], name: str) -> str | None:
     """Copy the tensors into the network. WeightsError that lists what differs unless they fit exactly, but for one
     `nn.Linear` that they may lack, since backbones are stored without their head: its path is returned."""
     own = _tensors(network)
@@ -270,7 +271,7 @@ def fill(network: nn.Module, state: Mapping[str, Tensor], name: str) -> str | No
     absent = [key for key in absent if key in own and key not in shapes]
     stored = {value.data_ptr() for key, value in own.items() if key not in absent}
     missing = [key for key in absent if not key.endswith(COUNTERS) and own[key].data_ptr() not in stored]
-    unexpected = [key for key in unknown if not key.endswith(COUNTERS)]
+    unexpected = [key for key in unknown if not (key.endswith(COUNTERS) or _is_extra(key))]
     if not (missing or unexpected or shapes):
         return None
     unfilled = None if unexpected or shapes else _linear_of(network, missing)
@@ -297,7 +298,7 @@ def misfit(
     )
 
 
-def _check_plain(own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str) -> None:
+def _check_plain(own: Mapping[str, Tensor], state: Mapping[str, Any], name: str) -> None:
     odd = [
         f"{key} {str(state[key].dtype).removeprefix('torch.')}, {state[key].layout}"
         for key, value in own.items()
@@ -316,12 +317,12 @@ def _is_plain(stored: Tensor, wanted: Tensor) -> bool:
     return is_alike and stored.layout == torch.strided and not stored.is_meta and not stored.is_quantized
 
 
-def fits(network: nn.Module, state: Mapping[str, Tensor]) -> bool:
+def fits(network: nn.Module, state: Mapping[str, Any]) -> bool:
     """Whether all tensors that both have are of one shape."""
     return not _of_another_shape(_tensors(network), state)
 
 
-def _of_another_shape(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+def _of_another_shape(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> list[str]:
     return [key for key, value in own.items() if key in state and not _has_shape(state[key], value.shape)]
 
 
@@ -332,7 +333,12 @@ def _has_shape(stored: Tensor, shape: torch.Size) -> bool:
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by key, without what a module keeps besides (`get_extra_state`)."""
-    return {key: value for key, value in network.state_dict().items() if isinstance(value, Tensor)}
+    state = network.state_dict()
+    return {key: value for key, value in state.items() if isinstance(value, Tensor) and not _is_extra(key)}
+
+
+def _is_extra(key: str) -> bool:
+    return key.rpartition(".")[2] == EXTRA
 
 
 def _listed(what: str, entries: Sequence[str]) -> str:

@@ -194,7 +194,9 @@ def _with_weights(spec: ModelSpec) -> tuple[nn.Module, str | None]:
     if spec.num_classes is None and not fits(body, state):
         head = _head_of(body.eval(), spec)
         # Its weight may be under other names (weight_norm), but the first dimension is that of the classes.
-        found = (value for key, value in state.items() if key.startswith(f"{head.name}.") and value.ndim)
+        found = (
+            value for key, value in state.items() if key.startswith(f"{head.name}.") and bool(getattr(value, "ndim", 0))
+        )
         body = make(next(found, head.linear.weight).shape[0])
     return body, fill(body, state, spec.weights.reference)
 

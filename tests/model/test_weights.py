@@ -244,6 +244,44 @@ def test_what_a_network_keeps_besides_tensors_is_its_own_affair():
     assert torch.equal(other.weight, state["weight"])
 
 
+class Stretching(torch.nn.Linear):
+    """Its numbers depend on what it keeps besides tensors."""
+
+    stretch = 1
+
+    def get_extra_state(self):
+        return {"stretch": self.stretch, "shape": torch.ones(3)}
+
+    def set_extra_state(self, state):
+        self.stretch = state["stretch"]
+
+    def forward(self, x):
+        return super().forward(x) * self.stretch
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.module."])
+def test_what_a_checkpoint_keeps_besides_tensors_is_given_to_the_modules_that_take_it(prefix: str):
+    stored, other = (torch.nn.Sequential(Stretching(2, 2), torch.nn.ReLU()) for _ in range(2))
+    stored[0].stretch = 3
+    state = {prefix + key: value for key, value in stored.state_dict().items()}
+    beside = {"criterion.weight": torch.ones(1)} if prefix else {}
+    data = saved({"state_dict": state | beside, "lr": 0.1})
+    fill(other, match_keys(parse(data, "net.pth"), other.state_dict()), "net.pth")
+    torch.testing.assert_close(other(torch.eye(2)), stored(torch.eye(2)))
+
+    plain = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    fill(plain, match_keys(parse(data, "net.pth"), plain.state_dict()), "net.pth")
+    assert torch.equal(plain[0].weight, stored[0].weight)
+
+
+def test_a_buffer_whose_name_only_ends_like_that_may_not_be_missing():
+    network = torch.nn.Linear(2, 2)
+    network.register_buffer("my_extra_state", torch.ones(2))
+    state = {key: value for key, value in network.state_dict().items() if key != "my_extra_state"}
+    with pytest.raises(WeightsError, match="1 missing in the weights: my_extra_state"):
+        fill(network, state, "net.pth")
+
+
 @pytest.mark.parametrize(
     "stored",
     [
