@@ -33,7 +33,6 @@ _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)  # one that 
 _TILE_TAGS = (322, 323)  # TIFF: width and length of a tile
 _PLANAR, _SEPARATE = 284, 2
 _EXIF = b"Exif\0\0"
-_BIG_TIFF = (b"\x2b\0", b"\0\x2b")
 _BYTES, _FRACTIONS = (1, 2, 6, 7), (5, 10)  # types of TIFF's values: kept as they are, and made of two numbers
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of PNG's colour types
 _PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
@@ -173,7 +172,7 @@ def _check_tiles(data: bytes, image: TiffImagePlugin.TiffImageFile, max_pixels: 
 def _tags(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Tag, type and number of values of each entry of the directory that describes the first picture."""
     order = "<" if data.startswith(b"II") else ">"
-    is_big = data[2:4] in _BIG_TIFF
+    is_big = data[2:4] == b"\x2b\0"  # big-endian ones are refused before
     head, number, entry = ("8xQ", "Q", "HHQ8x") if is_big else ("4xI", "H", "HHI4x")
     try:
         (at,) = struct.unpack_from(order + head, data)

@@ -66,6 +66,7 @@ _OTHER_FORMATS = (
     (b"8BPS", "Photoshop"),
     (b"\x00\x00\x01\x00", "ICO"),
     (b"%!PS", "EPS"),
+    (b"MM\x00\x2b", "big-endian BigTIFF"),  # which Pillow takes for a plain TIFF, and reads other tags than libtiff
 )
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 

@@ -236,6 +236,7 @@ STRIPS = [bytes(range(40)) * 2 for _ in range(6)]
 
 REFUSED = {
     "bytes of an icon": (b"\0\0\1\0" + bytes(50), "unsupported_format"),
+    "big-endian bigtiff": (b"MM\0\x2b\0\x08\0\0" + bytes(50), "unsupported_format"),
     "1 x 10,000": (encode(Image.new("RGB", (1, 10_000)), "JPEG"), "too_large"),
     "2 x 60,000": (encode(Image.new("RGB", (2, 60_000)), "PNG"), "too_large"),
     "65,500 x 1": (encode(Image.new("RGB", (65_500, 1)), "JPEG"), "too_large"),
