@@ -82,7 +82,7 @@ def test_signatures():
         "read": ["url", "columns", "errors", "config"],
         "run": ["config", "retry_errors"],
         "status": ["url", "config"],
-        "submit": ["config", "address", "wait", "submission_id"],
+        "submit": ["config", "address", "wait", "submission_id", "retry_errors"],
         "verify": ["url", "sample", "config"],
     }
 
