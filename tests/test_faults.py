@@ -66,7 +66,7 @@ BEFORE = ("reset", "hang", "500", "503", "slowdown", "409")
 IN_THE_BODY = ("truncate", "midreset", "midhang")
 REFUSALS = ("expired", "denied", "no_bucket")
 PASSING = [*product(BEFORE, ACTS), *product((*IN_THE_BODY, "slow"), WITH_A_BODY)]
-LASTING = [*PASSING, *product(REFUSALS, ACTS)]
+REFUSED = [*product(REFUSALS, ACTS)]
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,10 @@ Outcomes = dict[tuple[str, str], Outcome]
 
 
 def play(
-    line: Relay, s3: S3Server, cases: list[tuple[str, str]], times: int | None, slow_s: float, deadline_s: float
+    line: Relay, s3: S3Server, cases: list[tuple[str, str]], times: int | None, slow_s: float, **patience: float
 ) -> Outcomes:
     """Each call on a file of its own, whose requests are spoiled; all at once, since most of the time is waiting."""
-    store = Store(Storage(endpoint_url=line.url, **SHORT | {"deadline_s": deadline_s}))
+    store = Store(Storage(endpoint_url=line.url, **SHORT | patience))
     assert store.find("s3://labels/nothing") == []  # the connection stands
     client = s3.client(s3.owner)
     urls = {case: f"s3://labels/{case[0]}-{case[1]}-{times}/x" for case in cases}
@@ -127,7 +127,13 @@ def passing(line: Relay, s3: S3Server) -> Outcomes:
 
 @pytest.fixture(scope="module")
 def lasting(line: Relay, s3: S3Server) -> Outcomes:
-    return play(line, s3, LASTING, times=None, slow_s=60.0, deadline_s=SHORT["deadline_s"])
+    return play(line, s3, PASSING, times=None, slow_s=60.0)
+
+
+@pytest.fixture(scope="module")
+def refused(line: Relay, s3: S3Server) -> Outcomes:
+    """Apart from what hangs, and with time for an answer."""
+    return play(line, s3, REFUSED, times=None, slow_s=60.0, read_timeout_s=5.0, deadline_s=20.0)
 
 
 RIGHT: dict[str, Any] = {
@@ -154,18 +160,18 @@ def test_what_stays_ends_before_the_deadline_with_a_sentence(lasting: Outcomes, 
 
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("kind", ["expired", "denied"])
-def test_refusals_are_not_tried_again(lasting: Outcomes, kind: str, act: str):
+def test_refusals_are_not_tried_again(refused: Outcomes, kind: str, act: str):
     """Also where the answer is to a HEAD and has a bare 400 for an expired token."""
-    found = lasting[kind, act]
+    found = refused[kind, act]
     assert type(found.error) is AccessDenied
     assert re.search(rf"s3://labels/{kind}-{act}-None.*Check the credentials.*have not expired", str(found.error))
     assert found.seconds < OVERTIME_S
 
 
 @pytest.mark.parametrize("act", ACTS)
-def test_a_missing_bucket_is_no_empty_listing(lasting: Outcomes, act: str):
+def test_a_missing_bucket_is_no_empty_listing(refused: Outcomes, act: str):
     """An answer to HEAD can't tell it from a missing file."""
-    found = lasting["no_bucket", act]
+    found = refused["no_bucket", act]
     assert type(found.error) is (NotFound if act in ("info", "open") else ConfigError)
     assert re.search(rf"s3://labels/no_bucket-{act}-None.*Check the (URL|spelling)", str(found.error))
     assert found.seconds < OVERTIME_S
