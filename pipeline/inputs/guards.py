@@ -25,6 +25,7 @@ MAX_RUNS = 10_000_000  # pieces of a BMP with run lengths, which Pillow reads by
 MAX_SCANS = 50  # over `max_pixels`, and the more of them the smaller the picture; 10 are usual
 MAX_SEGMENTS = 100_000  # of a JPEG, when its scans are counted
 MAX_EXIF = 100  # segments of a JPEG, which Pillow joins one by one
+MAX_EXIF_TEXT = 2**20  # hexadecimal digits of EXIF that a PNG has as a text
 MAX_VALUES = 1_000_000  # of a tag: Pillow makes objects of them; strips are far fewer
 MAX_FRACTIONS = 10_000  # of a tag, which are larger objects
 STEP_BYTES = 2**20
@@ -73,7 +74,10 @@ def check_metadata(data: bytes) -> None:
 
 def check_values(data: bytes) -> None:
     """Raise Reject for a TIFF, or EXIF, with a tag of so many values that an object for each would be too much."""
-    for tag, kind, count in _tags(data):
+    begin = 0
+    while data.startswith(_EXIF, begin):  # Pillow takes off two
+        begin += len(_EXIF)
+    for tag, kind, count in _tags(data[begin:]):
         if count > (MAX_FRACTIONS if kind in _FRACTIONS else MAX_VALUES) and kind not in _BYTES:
             raise rejected("too_large", f"its tag {tag} has {count} values")
 

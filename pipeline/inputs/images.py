@@ -37,6 +37,7 @@ from PIL import (  # noqa: F401 - importing a plugin registers its format
 from pipeline.config import Transform
 from pipeline.errors import Reject, clean
 from pipeline.inputs.guards import (
+    MAX_EXIF_TEXT,
     Pieces,
     check_effort,
     check_header,
@@ -207,7 +208,9 @@ def eight_bits(image: Image.Image) -> Array:
 def _turn(image: ImageFile.ImageFile) -> Turn:
     """How EXIF or XMP says that the picture was held. Call it before reading a JPEG or after `load`."""
     try:
-        check_values(image.info.get("exif", b"").removeprefix(b"Exif\0\0"))
+        check_values(image.info.get("exif", b""))
+        if len(image.info.get("Raw profile type exif", "")) > MAX_EXIF_TEXT:
+            return UPRIGHT
         return TURNS.get(image.getexif().get(0x0112), UPRIGHT)
     except Exception:  # noqa: BLE001 - broken metadata says nothing about the pixels, which are fine
         return UPRIGHT

@@ -125,8 +125,7 @@ def ends_in_softmax(logits: Tensor) -> bool:
 def check_rows(network: Network, name: str) -> Tensor:
     """The logits of three images of noise. ConfigError where an image's results depend on the images beside it, or on
     chance: they would change with how images are batched."""
-    side = network.head.input_size
-    noise = torch.randint(0, 256, (4, side, side, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    noise = _noise(network.head, 4)
     try:
         with torch.inference_mode():
             # Of two rows, each would be one standard deviation away.
@@ -150,8 +149,7 @@ def check_rows(network: Network, name: str) -> Tensor:
 
 def depends_on_head(network: Network) -> bool:
     """Whether other weights of the head give images of noise another embedding, as where it is executed twice."""
-    side = network.head.input_size
-    noise = torch.randint(0, 256, (2, side, side, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    noise = _noise(network.head, 2)
     tensors = [value for value in network.head.linear.state_dict().values() if isinstance(value, Tensor)]
     before = [value.clone() for value in tensors]
     with torch.inference_mode():
@@ -167,6 +165,12 @@ def depends_on_head(network: Network) -> bool:
             for value, kept in zip(tensors, before, strict=True):
                 value.copy_(kept)
     return not torch.allclose(own, other, rtol=ROW_TOLERANCE, atol=0, equal_nan=True)
+
+
+def _noise(head: Head, count: int) -> Tensor:
+    """uint8 (count, H, W, 3), the same every time."""
+    shape = (count, head.input_size, head.input_size, 3)
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 
 
 def _width(found: Any, what: str) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from pipeline.errors import Reject
 from pipeline.inputs.images import decode
@@ -48,9 +50,21 @@ def test_bytes_may_be_as_many_as_they_are() -> None:
     np.testing.assert_array_equal(decode(target.getvalue(), WHOLE, MAX_PIXELS).array, np.asarray(PHOTO))
 
 
-def test_an_orientation_of_millions_of_fractions_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+MANY = tags((0x0112, 5, 100_000), body=bytes(800_000))
+TEXT = PngInfo()
+TEXT.add_text("Raw profile type exif", f"\nexif\n{len(MANY)}\n{MANY.hex()}")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [*({"exif": b"Exif\0\0" * prefixes + MANY} for prefixes in range(4)), {"pnginfo": TEXT}],
+    ids=["bare", "one prefix", "two", "three", "as text"],
+)
+def test_an_orientation_of_millions_of_fractions_is_none(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encode(PHOTO, "PNG", **options)
     monkeypatch.setattr(Image.Image, "getexif", lambda self: pytest.fail("it is unpacked"))
-    data = encode(PHOTO, "PNG", exif=b"Exif\0\0" + tags((0x0112, 5, 100_000), body=bytes(800_000)))
     np.testing.assert_array_equal(decode(data, WHOLE, MAX_PIXELS).array, np.asarray(PHOTO))
 
 
