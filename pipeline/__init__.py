@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pipeline import errors as errors
+
 if TYPE_CHECKING:
     from pipeline.api import dead_letters, demo, init, plan, predict, preview, prune, read, run, status, submit, verify
     from pipeline.config import JobConfig, load_config

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+DASHBOARD = "http://127.0.0.1:8265"  # of a Ray that runs here, or that is forwarded to here
+
 Config = JobConfig | Mapping[str, Any] | str | Path
 
 
@@ -175,12 +177,12 @@ def preview(config: Config, limit: int) -> pa.Table:
 
 def submit(
     config: Config,
-    address: str,
+    address: str = DASHBOARD,
     wait: bool = True,
     submission_id: str | None = None,
     retry_errors: Iterable[str] | str = (),
 ) -> int | str:
-    """Run the config as a Ray job on the cluster at `address`, such as http://127.0.0.1:8265 or head:8265.
+    """Run the config as a Ray job on the cluster whose dashboard is at `address`, such as head:8265.
 
     With `wait`, follows the log and returns the job's exit code; else returns the submission id at once. Works in a
     notebook cell as well. `retry_errors` as for `run`.

@@ -24,7 +24,7 @@ from pipeline import api
 from pipeline.config import JobConfig, load_config
 from pipeline.errors import ConfigError, ExitCode, PipelineError, redact
 from pipeline.estimation import describe
-from pipeline.report import facts, summary
+from pipeline.report import counted, facts, summary
 
 if TYPE_CHECKING:
     from pipeline.error_rows import DeadLetters
@@ -41,22 +41,31 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 complete · 1 failed · 2 bad usage or config · 3 incomplete, run again to go on.",
+    epilog="Start with `resnet-batch demo`, then `resnet-batch run input.url=photos/ output.url=labels --limit 5`.\n\n"
+    "Exit codes: 0 complete · 1 failed · 2 bad usage or config · 3 incomplete, run again to go on.",
 )
 
 ConfigArguments = Annotated[
     list[str] | None,
-    typer.Argument(help="A YAML file first, then any number of section.key=value.", metavar="CONFIG|KEY=VALUE"),
+    typer.Argument(
+        help="A YAML file, section.key=value words that override it, or both; input.url and output.url are needed.",
+        metavar="CONFIG|KEY=VALUE",
+    ),
 ]
 OutputUrl = Annotated[str, typer.Argument(help="The dataset: a folder or s3://…", metavar="OUTPUT_URL")]
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", metavar="FILE", help="Take input and storage from this config, not the last run's."),
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="Needed where the dataset is reached by a `storage` section. Taken in place of the last run's config.",
+    ),
 ]
 RetryOption = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="CLASS[,CLASS…]", help="Do shards again that are done and have such error rows; `all` for every class."
+        metavar="CLASS[,CLASS…]",
+        help="Also do shards again that are done and have such error rows; `all` for every class.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -121,7 +130,8 @@ def plan(
         bool, typer.Option("--estimate", help="Measure a sample and predict time, size, bottleneck and cost.")
     ] = False,
     price: Annotated[
-        float | None, typer.Option(min=0, metavar="AMOUNT", help="Of all machines together, per hour.")
+        float | None,
+        typer.Option(min=0, metavar="AMOUNT", help="Per hour, of all machines together: adds the cost to --estimate."),
     ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -142,8 +152,8 @@ def plan(
         if found.retried:
             why += f", {len(found.retried)} for their error rows"
         rows = {
-            "to do": f"{len(found.tasks)} shards, {found.num_bytes / 1e6:,.1f} MB ({why})",
-            "done": f"{len(found.done)} shards",
+            "to do": f"{counted(len(found.tasks), 'shard')}, {found.num_bytes / 1e6:,.1f} MB ({why})",
+            "done": counted(len(found.done), "shard"),
             "gone": _gone(found.gone),
         }
         if found.estimate is not None:
@@ -163,7 +173,7 @@ def status(
             "model": " · ".join(
                 f"{name} {value}" for name, value in found.model.items() if name in ("name", "weights")
             ),
-            "shards": f"{found.shards} complete, {len(found.incomplete)} to be done again",
+            "shards": f"{found.shards:,} complete, {len(found.incomplete):,} to be done again",
             "rows": f"{found.predicted:,} predicted, {found.errors:,} errors, {found.num_bytes / 1e6:,.1f} MB",
             "gone": found.note or _gone(found.gone),
         } | {run["run_id"]: f"{run['message']} ({run['seconds'] or 0:.0f} s)" for run in found.last_runs}
@@ -186,7 +196,7 @@ def errors(
         Path | None, typer.Option(metavar="FOLDER", help="Write the bytes of the bad samples there, for a look.")
     ] = None,
     *,
-    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Export at most so many.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="With --export: at most so many.")] = 100,
     config: ConfigOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -214,19 +224,14 @@ def prune(
 def verify(
     url: OutputUrl,
     sample: Annotated[int, typer.Option(min=0, metavar="N", help="Recompute N rows from their source bytes.")] = 0,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config", metavar="FILE", help="Recompute with this config instead of the last run's; storage too."
-        ),
-    ] = None,
+    config: ConfigOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Check a dataset from the outside; names every offender and exits 1 if there is one."""
     with _reporting(debug) as out:
         found = api.verify(url, sample, config)
-        _print(found, as_json, out, lambda: Text(str(found)))
+        _print(asdict(found) | {"ok": found.ok}, as_json, out, lambda: Text(str(found)))
         raise typer.Exit(ExitCode.COMPLETE if found.ok else ExitCode.FAILED)
 
 
@@ -239,8 +244,8 @@ def verify(
 def submit(
     arguments: ConfigArguments = None,
     address: Annotated[
-        str, typer.Option(metavar="URL", help="The Ray dashboard of the cluster.")
-    ] = "http://127.0.0.1:8265",
+        str, typer.Option(metavar="URL", help="The cluster's Ray dashboard, often a forwarded port.")
+    ] = api.DASHBOARD,
     wait: Annotated[bool, typer.Option(help="Follow the log and exit as the job does.")] = True,
     submission_id: Annotated[
         str | None, typer.Option(metavar="NAME", help="A name for the job, to find it again.")
@@ -291,7 +296,11 @@ def main() -> None:
 
 def _config(arguments: list[str] | None) -> JobConfig:
     """A first argument without `=` is the config file; all others are overrides."""
-    words = list(arguments or [])
+    if not arguments:
+        raise ConfigError(
+            "which job? Give input.url=photos/ and output.url=labels, or a config file: `resnet-batch init` writes one."
+        )
+    words = list(arguments)
     path = words.pop(0) if words and "=" not in words[0] else None
     return load_config(path, words)
 
@@ -343,24 +352,20 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     return table
 
 
-def _number(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def _gone(ids: Sequence[str]) -> str:
-    lines = [f"{len(ids)} shards stand in the output and are no longer in the input", *ids[:SHOWN_GONE]]
+    lines = [f"{counted(len(ids), 'shard')} of the output no longer in the input", *ids[:SHOWN_GONE]]
     return "\n".join([*lines, *([f"and {len(ids) - SHOWN_GONE} more"] if len(ids) > SHOWN_GONE else [])])
 
 
 def _errors_shown(found: DeadLetters) -> RenderableType:
     more = len(found.shards) - SHOWN_SHARDS
-    lines = [f" and {_number(more, 'more shard')}"] if more > 0 else []
+    lines = [f" and {counted(more, 'more shard')}"] if more > 0 else []
     if (done := found.export) is not None:
-        lines.append(f"{_number(done.files, 'file')} written to {done.folder}")
+        lines.append(f"{counted(done.files, 'file')} written to {done.folder}")
         if done.without_bytes:
-            lines.append(f"{_number(done.without_bytes, 'row')} of stage read: there are no bytes to export")
+            lines.append(f"{counted(done.without_bytes, 'row')} of stage read: there are no bytes to export")
         if done.left_out:
-            lines.append(f"{_number(done.left_out, 'row')} left out by --limit")
+            lines.append(f"{counted(done.left_out, 'row')} left out by --limit")
         lines.extend(done.problems)
     lines.extend(found.problems)
     if not found.rows:
@@ -381,9 +386,9 @@ def _pruned_shown(found: Pruned) -> RenderableType:
         (gone.id, gone.shard, gone.predicted, gone.errors, "removed" if gone.removed else gone.kept or "to be removed")
         for gone in found.gone
     ]
-    end = f"{_number(len(found.removed), 'shard')} removed" if found.removed else "nothing was removed"
+    end = f"{counted(len(found.removed), 'shard')} removed" if found.removed else "nothing was removed"
     if found.removable:
-        end += f"; --yes removes {_number(len(found.removable), 'shard')}"
+        end += f"; --yes removes {counted(len(found.removable), 'shard')}"
     return Group(_table(["id", "shard", "rows", "errors", ""], rows), Text(end))
 
 

@@ -237,8 +237,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
 def make_config(data: Mapping[Any, Any], directory: Path | None = None) -> JobConfig:
     """The job that a plain mapping describes; errors as in `load_config`."""
+    data = {"input": {}, "output": {}} | dict(data)  # so that what is missing is called input.url
     try:
-        config = JobConfig.model_validate(dict(data))
+        config = JobConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError("\n".join(explain(error, data, config_keys(JobConfig)))) from None
     config._directory = directory
@@ -251,6 +252,10 @@ def _read(path: str | Path) -> DictConfig:
     except FileNotFoundError:
         raise ConfigError(
             f"there is no config file {redact(str(path))}. `resnet-batch init` writes one to start from."
+        ) from None
+    except IsADirectoryError:
+        raise ConfigError(
+            f"{redact(str(path))} is a folder, not a config file. To read its images: input.url={redact(str(path))}."
         ) from None
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"cannot read the config {path}: {_reason(error)}.") from error

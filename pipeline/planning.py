@@ -87,17 +87,22 @@ class Plan:
 
 def model_and_dataset(config: JobConfig) -> tuple[ModelSpec, Dataset]:
     """The model of a job and the dataset that it writes. Raises ModelMismatch where that is another model's,
-    ConfigError where a file is in its place."""
-    _refuse_a_file(config.output.url)
+    ConfigError where it is no place to write to."""
+    _refuse_no_place(config.output.url)
     dataset = Dataset(config.output.url, Store(config.output_storage))
     spec = with_network(make_spec(config), dataset)
     dataset.check_identity({"model_fingerprint": spec.fingerprint, "model": spec.identity})
     return spec, dataset
 
 
-def _refuse_a_file(url: str) -> None:
-    if not is_local(url):
+def _refuse_no_place(url: str) -> None:
+    if url.startswith("s3://"):
         return
+    if not is_local(url):
+        raise ConfigError(
+            f"output.url: {redact(url)} cannot be written to: an output is a local folder or s3://bucket/prefix. Other"
+            " stores can be read."
+        )
     path = local_path(url)
     stands = next(place for place in (path, *path.parents) if os.path.lexists(place))
     if not os.path.isdir(stands):  # noqa: PTH112 - raises nothing

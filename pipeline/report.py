@@ -173,7 +173,7 @@ class Counter:
             return f"starting · {self.num_shards} shards to do"
         return (
             f"{self.settled}/{self.num_shards} shards · {self.images:,} images · {self.images_per_s:,.0f} images/s"
-            f" · {self.errors:,} error{'' if self.errors == 1 else 's'}"
+            f" · {counted(self.errors, 'error')}"
         )
 
 
@@ -232,6 +232,11 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def counted(count: int, noun: str) -> str:
+    """Such as "1 shard" and "2,000 shards"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def summary(report: RunReport) -> Table:

@@ -21,7 +21,7 @@ from pipeline.model.spec import ModelSpec, with_absolute_weights
 from pipeline.outputs.commit import CommitContext
 from pipeline.outputs.dataset import Dataset, make_identity
 from pipeline.planning import Plan, make_plan, model_and_dataset, refuse_a_selection
-from pipeline.report import RunReport, public_config, watching
+from pipeline.report import RunReport, counted, public_config, watching
 from pipeline.verdict import judge
 
 log = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ def _conclude(report: RunReport) -> None:
         report.exit_code = ExitCode.INCOMPLETE
         stopped = f"{report.message}; " if report.message else ""
         report.message = (
-            f"{stopped}{report.shards_committed} of {num_tasks} shards committed, {num_open} stay open."
+            f"{stopped}{report.shards_committed:,} of {counted(num_tasks, 'shard')} committed, {num_open:,} left open."
             " Run again: it does only these."
         )
     elif not num_tasks:
@@ -159,8 +159,9 @@ def _conclude(report: RunReport) -> None:
     elif report.errors and not report.predicted:
         report.exit_code = ExitCode.FAILED
         report.message = (
-            f"not one prediction: all {report.errors} samples of {num_tasks} shards are error rows."
-            " Look at errors/*.parquet, and at input.format and input.url."
+            f"not one prediction: all {counted(report.errors, 'sample')} of {counted(num_tasks, 'shard')} are error"
+            f" rows. `resnet-batch errors {redact(report.output_url)}` shows why; often input.format or input.image is"
+            " wrong."
         )
     else:
-        report.message = f"{report.shards_committed} shards committed"
+        report.message = f"{counted(report.shards_committed, 'shard')} committed"

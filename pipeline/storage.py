@@ -321,7 +321,9 @@ def _remote(process: int, protocol: str, options: str) -> Backend:
     kind = {"s3": S3, "http": Web, "https": Web}.get(protocol, Fsspec)
     try:
         return kind(protocol, Storage.model_validate_json(options))
-    except (ImportError, ValueError, TypeError) as cause:
+    except ImportError as cause:
+        raise ConfigError(f"{protocol}:// needs another package, on every node: {clean(cause)}.") from cause
+    except (ValueError, TypeError) as cause:
         raise ConfigError(f"cannot use {protocol}:// with this storage section: {clean(cause)}.") from cause
 
 

@@ -106,6 +106,10 @@ def test_importing_the_package_costs_nothing():
     assert imported_after("import pipeline") == set()
 
 
+def test_the_exceptions_are_there_at_once():
+    assert imported_after("import pipeline; pipeline.errors.PipelineError") == set()
+
+
 def test_planning_reading_and_status_need_neither_torch_nor_ray(job: dict[str, Any]):
     code = f"import pipeline, json; job = json.loads({json.dumps(json.dumps(job))})\n"
     code += "pipeline.plan(job); pipeline.status(job['output']['url']); pipeline.verify(job['output']['url'])\n"

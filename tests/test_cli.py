@@ -61,6 +61,22 @@ def test_2_is_a_wrong_config():
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((), "which job? Give input.url=photos/ and output.url=labels, or a config file"),
+        (("input.url=photos",), "output.url: missing, and there is no default"),
+        (("input.url=.", "output.url=gs://bucket/x"), "output.url: gs://bucket/x cannot be written to"),
+        (("input.url=.", "output.url=https://host/x"), "an output is a local folder or s3://bucket/prefix"),
+    ],
+)
+def test_a_job_that_is_not_whole(words: tuple[str, ...], says: str):
+    for verb in ("run", "plan", "prune"):
+        result = invoke(verb, *words)
+        assert result.exit_code == ExitCode.USAGE
+        assert says in sentence(result)
+
+
 def test_3_is_a_store_that_is_down():
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

@@ -35,9 +35,9 @@ def test_plan_says_what_would_run(folder: Path, tmp_path: Path):
     result = invoke("plan", folder / "job.yaml", url)
     assert result.exit_code == 0
     assert [" ".join(line.split()) for line in result.stdout.splitlines()] == [
-        "to do 1 shards, 0.0 MB (0 changed)",
-        "done 1 shards",
-        "gone 1 shards stand in the output and are no longer in the input",
+        "to do 1 shard, 0.0 MB (0 changed)",
+        "done 1 shard",
+        "gone 1 shard of the output no longer in the input",
         shard_id(f"file://{folder}/shards/digits-001.tar"),
     ]
     found = json.loads(invoke("plan", folder / "job.yaml", url, "--json").stdout)
@@ -58,7 +58,7 @@ def test_status_and_verify(folder: Path):
     assert result.exit_code == 0
     assert result.stdout.strip() == "2 shards, 18 rows, 2 error rows; 3 of 3 recomputed rows agree: all is well"
     found = json.loads(invoke("verify", folder / "labels", "--json").stdout)
-    assert (found["shards"], found["problems"]) == (2, [])
+    assert (found["shards"], found["problems"], found["ok"]) == (2, [], True)
 
 
 def lines(result: Result) -> list[str]:

@@ -194,7 +194,7 @@ def test_missing_sections_and_keys_are_named():
         make_config({"input": {}})
     assert str(caught.value).splitlines() == [
         "input.url: missing, and there is no default",
-        "output: missing, and there is no default",
+        "output.url: missing, and there is no default",
     ]
 
 
@@ -217,7 +217,7 @@ def test_a_path_is_no_name_of_a_key():
         ("input: {url: é}".encode("latin-1"), "cannot read the config"),
         ("input: {url: '${x'}", "cannot read the config"),
         ("input: {url: '???'}\noutput: {url: b}", "cannot make out the config: input.url"),
-        ("", "input: missing"),
+        ("", "input.url: missing"),
     ],
 )
 def test_a_file_that_is_no_config_is_refused_in_one_sentence(text: str | bytes, message: str, tmp_path: Path):
@@ -227,7 +227,7 @@ def test_a_file_that_is_no_config_is_refused_in_one_sentence(text: str | bytes, 
 def test_a_file_that_is_not_there(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"there is no config file .*nope.yaml. `resnet-batch init` writes one"):
         load_config(tmp_path / "nope.yaml")
-    with pytest.raises(ConfigError, match=r"cannot read the config .*directory"):
+    with pytest.raises(ConfigError, match=r"is a folder, not a config file. To read its images: input.url="):
         load_config(tmp_path)
 
 

@@ -217,7 +217,7 @@ def test_what_shows_progress_depends_on_where_stderr_goes(
 
 def finished() -> RunReport:
     found = report()
-    found.message = "2 of 3 shards committed, 1 stay open. Run again: it does only these."
+    found.message = "2 of 3 shards committed, 1 left open. Run again: it does only these."
     found.exit_code = ExitCode.INCOMPLETE
     found.engine, found.device, found.batch_size, found.actors = "openvino", "cpu", 32, 1
     found.shards_committed, found.shards_done_before, found.shards_gone = 2, 7, 1
@@ -236,7 +236,7 @@ def shown(found: RunReport, width: int = 100) -> str:
 def test_the_summary_says_how_it_ended():
     assert shown(finished()) == "\n".join(
         [
-            "result   incomplete: 2 of 3 shards committed, 1 stay open. Run again: it does only these.",
+            "result   incomplete: 2 of 3 shards committed, 1 left open. Run again: it does only these.",
             "output   s3://bucket/labels",
             "shards   2 committed, 7 done before, 1 open, 1 gone from the input",
             "images   12,345 predicted, 6 errors",

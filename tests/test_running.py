@@ -50,5 +50,5 @@ def test_a_run_is_complete_only_if_every_shard_is_committed() -> None:
     _conclude(report)
     assert (report.exit_code, report.message[:47]) == (
         ExitCode.INCOMPLETE,
-        "2 of 3 shards committed, 1 stay open. Run again",
+        "2 of 3 shards committed, 1 left open. Run again",
     )

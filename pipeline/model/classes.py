@@ -49,7 +49,8 @@ def find_file(path: str, directory: Path | None, key: str) -> Path:
         if candidate.is_file():
             return candidate
     places = " or ".join(str(p) for p in dict.fromkeys(tried))
-    raise ConfigError(f"{key}: there is no file {places}. A relative path starts at the config file's folder.")
+    start = "the config file's folder" if directory is not None else "the current folder"
+    raise ConfigError(f"{key}: there is no file {places}. A relative path starts at {start}.")
 
 
 def _from_lines(text: str, source: str) -> tuple[str, ...]:

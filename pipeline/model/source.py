@@ -193,7 +193,8 @@ def _find(module: str, directory: Path | None) -> Path:
         found = PathFinder.find_spec(part, folders) if folders else None
     if found is None or found.origin is None or not Path(found.origin).is_file():
         raise ConfigError(
-            f"model.name: there is no module {module}. Searched: {', '.join(dict.fromkeys(filter(None, places)))}."
+            f"model.name: there is no module {module}. Put it beside the config or into the current folder, or install"
+            f" it on every node. Searched: {', '.join(dict.fromkeys(filter(None, places)))}."
         )
     return Path(found.origin).absolute()
 

@@ -91,7 +91,7 @@ def test_a_module_that_is_nowhere_is_refused_with_the_places_searched(tmp_path: 
     write(tmp_path, {"nets/__init__.py": ""})
     monkeypatch.chdir(tmp_path)
     for name in ("nowhere:build", "nets.nowhere:build", "nets.a.b.c:build"):
-        with pytest.raises(ConfigError, match=rf"there is no module {name[:-6]}. Searched: {tmp_path}, .*python3"):
+        with pytest.raises(ConfigError, match=rf"no module {name[:-6]}\. Put it .* Searched: {tmp_path}, .*python3"):
             locate(name, tmp_path)
 
 
