@@ -19,16 +19,7 @@ from filelock import FileLock
 
 from pipeline.backends import expanded
 from pipeline.config import Storage, digest
-from pipeline.errors import (
-    AccessDenied,
-    ConfigError,
-    FatalError,
-    PipelineError,
-    WeightsError,
-    clean,
-    redact,
-    translate,
-)
+from pipeline.errors import AccessDenied, ConfigError, FatalError, WeightsError, clean, redact, translate
 from pipeline.storage import Store
 
 CHUNK = 8 * 2**20  # bytes
@@ -56,16 +47,23 @@ def lock(name: str) -> FileLock:
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, which becomes `path` when the block ends well."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
+def _temporary(folder: Path) -> Iterator[Path]:
+    """A file to write to, gone when the block ends unless it was given another name."""
+    handle, name = tempfile.mkstemp(dir=folder, prefix=".tmp-")
     os.close(handle)
     try:
         yield Path(name)
-        _sync(Path(name))
-        Path(name).replace(path)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, which becomes `path` when the block ends well."""
+    with _temporary(path.parent) as temporary:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
 
 
 @contextmanager
@@ -99,14 +97,10 @@ def fetch(url: str, storage: Storage, sha256: str | None = None, advice: str = W
     with lock(url):
         if sha256 is not None and file_sha256(folder / (sha256 + suffix)) == sha256:
             return folder / (sha256 + suffix)
-        handle, name = tempfile.mkstemp(dir=folder, prefix=".tmp-")
-        os.close(handle)
-        try:
-            found = _download(url, storage, Path(name), advice)
+        with _temporary(folder) as temporary:
+            found = _download(url, storage, temporary, advice)
             check_sha256(found, sha256, url)
-            return Path(name).replace(folder / (found + suffix))
-        finally:
-            Path(name).unlink(missing_ok=True)
+            return temporary.replace(folder / (found + suffix))
 
 
 def check_sha256(found: str, expected: str | None, url: str) -> None:
@@ -135,9 +129,8 @@ def _download(url: str, storage: Storage, path: Path, advice: str) -> str:
                 target.write(chunk)
                 if target.tell() > MAX_WEIGHTS_BYTES:
                     raise WeightsError(f"{redact(url)} sends more than {MAX_WEIGHTS_BYTES} bytes")
+    except AccessDenied:
+        raise
     except Exception as cause:
-        error = cause if isinstance(cause, PipelineError) else translate(cause, "read", url)
-        if isinstance(error, AccessDenied):
-            raise error from cause
-        raise WeightsError(f"cannot fetch the weights: {clean(error)}. {advice}") from cause
+        raise WeightsError(f"cannot fetch the weights: {clean(translate(cause, 'read', url))}. {advice}") from cause
     return hasher.hexdigest()

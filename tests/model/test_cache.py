@@ -3,13 +3,15 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from pipeline.config import Storage
-from pipeline.errors import FatalError, WeightsError
+from pipeline.errors import AccessDenied, FatalError, WeightsError
 from pipeline.model.cache import cache_directory, fetch, new_file, new_folder
 from pipeline.model.torch_engine import _compiler_cache
+from pipeline.storage import Store
 from tests.model.helpers import output_of, python
 
 DATA = bytes(range(256)) * 4000
@@ -75,6 +77,16 @@ def test_a_dead_server_is_a_weights_error_too(tmp_path: Path, serve):
     server.server_close()
     with pytest.raises(WeightsError, match=r"cannot fetch the weights"):
         fetch(f"{server.url}/net.pth", Storage(deadline_s=0.1, connect_timeout_s=1.0), None)
+
+
+def test_a_refusal_is_raised_as_it_is_and_is_not_its_own_cause(monkeypatch: pytest.MonkeyPatch):
+    """Who asks for the cause of the cause would never come to an end."""
+    denied = AccessDenied("cannot open s3://private/net.pth")
+    monkeypatch.setattr(Store, "open", Mock(side_effect=denied))
+    with pytest.raises(AccessDenied) as caught:
+        fetch("s3://private/net.pth", Storage())
+    assert caught.value is denied
+    assert denied.__cause__ is None
 
 
 def test_nothing_half_written_gets_a_name(tmp_path: Path):
