@@ -8,8 +8,8 @@ every node and every night computes with the same network.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from os import devnull
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,8 @@ def quantise(spec: ModelSpec, images: Sequence[Image]) -> Any:
     network = converted(spec)
     side = spec.transform.crop or -1
     network.reshape([1, side, side, 3])
-    with _quiet():
+    # Progress bars and remarks stay out of stdout, where a caller's JSON may be.
+    with Path(devnull).open("w") as nowhere, redirect_stdout(nowhere):
         nncf = _import_nncf()
         found = nncf.quantize(
             network,
@@ -72,10 +73,3 @@ def _import_nncf() -> Any:
         ) from error
     finally:
         logging.setLoggerClass(logger_class)  # it sets one of its own, for everybody
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Progress bars and remarks stay out of stdout, where a caller's JSON may be."""
-    with Path(devnull).open("w") as nowhere, redirect_stdout(nowhere):
-        yield
