@@ -20,11 +20,11 @@ from typing import Any
 from pipeline.config import JobConfig
 from pipeline.errors import ConfigError, FatalError, NotFound, SourceChanged, redact
 from pipeline.inputs.readers import read
-from pipeline.inputs.samples import Sample
 from pipeline.inputs.shards import IMAGE_SUFFIXES, Shard
 from pipeline.outputs.dataset import Dataset, undisturbed
 from pipeline.outputs.schema import Footer
 from pipeline.overview import last_config, listed_shards
+from pipeline.rows import Row
 from pipeline.storage import Store, is_local
 
 AT_ONCE = 8  # errors parts
@@ -204,7 +204,9 @@ def _export_shard(errors: ShardErrors, wanted: _Wanted, shard: Shard | None, con
             if problem:
                 result.problems.append(f"{errors.shard} index {sample.index}: {problem}")
             else:
-                _write(Path(result.folder, shard.id), file_name(sample), sample.data)
+                assert sample.data is not None, "a sample has bytes"
+                name = file_name(sample.index, sample.key, sample.data)
+                _write(Path(result.folder, shard.id), name, sample.data)
                 result.files += 1
     except SourceChanged as change:
         result.problems.append(f"{change} {len(left)} not exported.")
@@ -213,7 +215,7 @@ def _export_shard(errors: ShardErrors, wanted: _Wanted, shard: Shard | None, con
         result.problems.append(f"{errors.shard} ends before index {min(left)}: {len(left)} not exported")
 
 
-def _samples(shard: Shard, last: int, config: JobConfig) -> Iterator[Sample]:
+def _samples(shard: Shard, last: int, config: JobConfig) -> Iterator[Row]:
     """Up to this index, and not a sample further."""
     for sample in read(shard, config.input, Store(config.input_storage)):
         yield sample
@@ -221,9 +223,9 @@ def _samples(shard: Shard, last: int, config: JobConfig) -> Iterator[Sample]:
             return
 
 
-def _problem(sample: Sample, row: dict[str, Any]) -> str:
+def _problem(sample: Row, row: dict[str, Any]) -> str:
     """Why these are not the bytes that the error row is about."""
-    if sample.reject is not None:
+    if sample.data is None:
         return f"it cannot be read any more: {sample.reject}"
     known = row["bytes_sha256"]
     if known is not None and hashlib.sha256(sample.data).hexdigest() != known:
@@ -231,14 +233,14 @@ def _problem(sample: Sample, row: dict[str, Any]) -> str:
     return ""
 
 
-def file_name(sample: Sample) -> str:
+def file_name(index: int, key: str | None, data: bytes) -> str:
     """`<index>-<end of the key>`, made of letters, digits, `.`, `_` and `-` alone, with a suffix that fits."""
-    tail = re.split(r"[/\\]", sample.key or "")[-1]
+    tail = re.split(r"[/\\]", key or "")[-1]
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", tail).lstrip(".")
     length = next((len(end) for end in IMAGE_SUFFIXES if safe.lower().endswith(end)), 0)
     stem, suffix = safe[: len(safe) - length], safe[len(safe) - length :]
-    guessed = next((end for magic, end in MAGIC if re.match(magic, sample.data, re.S)), ".bin")
-    return f"{sample.index}-{stem[:MAX_NAME]}{suffix or guessed}"
+    guessed = next((end for magic, end in MAGIC if re.match(magic, data, re.S)), ".bin")
+    return f"{index}-{stem[:MAX_NAME]}{suffix or guessed}"
 
 
 def _write(folder: Path, name: str, data: bytes) -> None:

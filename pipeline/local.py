@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
@@ -50,7 +50,8 @@ def preview_samples(config: JobConfig, limit: int) -> pa.Table:
     """See `pipeline.api.preview`."""
     store = Store(config.input_storage)
     shards = discover(config.input, store, output=config.output.url)
-    return _with_urls(list(islice(_samples(shards, config, store), limit)), shards, config, known_spec(config))
+    rows = (row for number, shard in enumerate(shards) for row in read(shard, config.input, store, number))
+    return _with_urls(list(islice(rows, limit)), shards, config, known_spec(config))
 
 
 def predict_rows(wanted: Sequence[tuple[Shard, set[int]]], config: JobConfig, spec: ModelSpec) -> pa.Table:
@@ -58,18 +59,9 @@ def predict_rows(wanted: Sequence[tuple[Shard, set[int]]], config: JobConfig, sp
     store = Store(config.input_storage)
     rows: list[Row] = []
     for number, (shard, indices) in enumerate(wanted):
-        for row in islice(_samples([shard], config, store), max(indices) + 1):
-            if row.index in indices:
-                row.shard = number
-                rows.append(row)
+        found = islice(read(shard, config.input, store, number), max(indices) + 1)
+        rows.extend(row for row in found if row.index in indices)
     return _with_urls(rows, [shard for shard, _ in wanted], config, spec)
-
-
-def _samples(shards: Sequence[Shard], config: JobConfig, store: Store) -> Iterator[Row]:
-    """The samples and error rows of these shards; raises what a store that does not deliver raises."""
-    for number, shard in enumerate(shards):
-        for sample in read(shard, config.input, store):
-            yield sample.row(number)
 
 
 def _with_urls(rows: list[Row], shards: Sequence[Shard], config: JobConfig, spec: ModelSpec) -> pa.Table:

@@ -20,7 +20,6 @@ from pipeline.error_rows import file_name
 from pipeline.errors import ConfigError, NotFound, SourceChanged
 from pipeline.examples.digits import encode_png, load_digits_images
 from pipeline.examples.tars import write_tar
-from pipeline.inputs.samples import Sample
 from pipeline.outputs.schema import Footer, errors_schema, write_parquet
 from pipeline.storage import Store
 from tests.support.datasets import commit_all
@@ -186,7 +185,7 @@ def test_what_was_recorded_of_the_bytes_holds_for_what_is_exported(folder: Path)
     ],
 )
 def test_a_file_name(key: str | None, data: bytes, name: str):
-    assert file_name(Sample(7, key, data)) == name
+    assert file_name(7, key, data) == name
 
 
 def test_no_more_than_the_limit_and_only_of_a_class(folder: Path):

@@ -30,8 +30,8 @@ from pipeline.config import Input, Transform, load_config, make_config
 from pipeline.errors import ConfigError, FatalError, Reject
 from pipeline.inputs.images import decode
 from pipeline.inputs.readers import read
-from pipeline.inputs.samples import Sample
 from pipeline.inputs.shards import discover
+from pipeline.rows import Row
 from pipeline.storage import Store
 from pipeline.submission import ENTRYPOINT, pack
 from tests.support.jobs import digits_config
@@ -188,7 +188,7 @@ def _never(*arguments: object, **options: object) -> None:
 # --- Shards point nowhere ------------------------------------------------------------------------------------------
 
 
-def samples(shard: Path, **options: Any) -> list[Sample]:
+def samples(shard: Path, **options: Any) -> list[Row]:
     config = Input(url=str(shard), **options)
     (found,) = discover(config, Store())
     return list(read(found, config, Store()))
@@ -218,7 +218,7 @@ def test_a_tar_shows_no_file_and_writes_none(tmp_path: Path, secret: Path, monke
     shard.write_bytes(tar(*links, *((name, PNG) for name in names)))
     found = samples(shard)
     assert len(found) == 7
-    assert all(sample.data in (PNG, b"") for sample in found)
+    assert all(sample.data in (PNG, None) for sample in found)
     assert [sample.reject.error for sample in found if sample.reject] == ["not_a_regular_member"] * 3
     shard.unlink()
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path in before} == before
@@ -229,7 +229,7 @@ def test_a_path_in_a_parquet_file_is_a_name_and_nothing_more(tmp_path: Path, sec
     images = [{"bytes": None, "path": str(secret)}, {"bytes": PNG, "path": str(secret)}, {"bytes": None, "path": None}]
     pq.write_table(pa.table({"image": images}), tmp_path / "a.parquet")
     found = samples(tmp_path / "a.parquet")
-    assert [(sample.key, sample.data) for sample in found] == [(str(secret), b""), (str(secret), PNG), ("2", b"")]
+    assert [(sample.key, sample.data) for sample in found] == [(str(secret), None), (str(secret), PNG), ("2", None)]
     assert [sample.reject and sample.reject.error for sample in found] == ["null_image", None, "null_image"]
 
 

@@ -1,6 +1,6 @@
 """A shard's bytes become samples, one after the other, in flat memory and always in the same order.
 
-What is wrong with the data (a truncated tar, a null image) comes out as a sample with a `Reject`, at the next
+What is wrong with the data (a truncated tar, a null image) comes out as an error row, at the next
 index. What is wrong with the store, or a source that is no longer the planned one, is raised: the shard stays open.
 """
 
@@ -14,16 +14,18 @@ from pipeline.config import Input
 from pipeline.errors import NotFound, Reject, SourceChanged
 from pipeline.inputs import samples
 from pipeline.inputs.parquet import read_parquet
-from pipeline.inputs.samples import Content, Items, Sample, too_large
+from pipeline.inputs.samples import Content, Items, too_large
 from pipeline.inputs.shards import Shard, printable, relative
 from pipeline.inputs.tars import read_tar
+from pipeline.rows import Kind, Row
 from pipeline.storage import FileInfo, Store, is_local
 
 FILES_AHEAD = 16
 
 
-def read(shard: Shard, config: Input, store: Store) -> Iterator[Sample]:
-    """The samples of a shard with indices 0..n-1; what is damaged behind them is one more, without a key.
+def read(shard: Shard, config: Input, store: Store, number: int = 0) -> Iterator[Row]:
+    """The samples and error rows of the `number`-th shard of a plan, with indices 0..n-1; what is damaged behind them
+    is one error row more, without a key.
 
     Raises StoreUnavailable or AccessDenied when the store does not deliver, SourceChanged when the shard is gone or
     no longer the planned version.
@@ -33,9 +35,9 @@ def read(shard: Shard, config: Input, store: Store) -> Iterator[Sample]:
         for index, (key, content) in enumerate(items(shard, config, store)):
             name = None if key is None else printable(key)
             if isinstance(content, Reject):
-                yield Sample(index, name, reject=content)
+                yield Row(number, Kind.ERROR, index, name, reject=content)
             else:
-                yield Sample(index, name, content)
+                yield Row(number, Kind.SAMPLE, index, name, content)
         if shard.version and is_local(shard.url) and store.info(shard.url).version != shard.version:
             # An object store refuses to go on with another version. A disk delivers what is written meanwhile.
             raise SourceChanged(f"{shard.url} changed while it was read. The next run takes the new version.")

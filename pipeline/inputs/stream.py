@@ -16,7 +16,6 @@ from pipeline.deaths import Guard
 from pipeline.errors import PipelineError, Reject, redact
 from pipeline.inputs.images import Pixels, decode, encoded
 from pipeline.inputs.readers import read
-from pipeline.inputs.samples import Sample
 from pipeline.inputs.shards import Shard, printable
 from pipeline.rows import PIXELS, SAMPLES, Kind, Row, identity_and_verdict
 from pipeline.storage import Store
@@ -35,8 +34,8 @@ def read_rows(number: int, shard: Shard, config: Input, store: Store, guard: Gua
     """
     count = 0
     try:
-        for sample in _guarded(read(shard, config, store), number, guard or Guard()):
-            yield sample.row(number)
+        for row in _guarded(read(shard, config, store, number), number, guard or Guard()):
+            yield row
             count += 1
     except PipelineError as error:
         log.warning("shard %s stays open: %s", shard.url, error)
@@ -50,18 +49,18 @@ def read_rows(number: int, shard: Shard, config: Input, store: Store, guard: Gua
         yield Row(number, Kind.END, count)
 
 
-def _guarded(samples: Iterator[Sample], number: int, guard: Guard) -> Iterator[Sample]:
-    """The samples up to where reading on kills the process; then an error row."""
+def _guarded(rows: Iterator[Row], number: int, guard: Guard) -> Iterator[Row]:
+    """The rows up to where reading on kills the process; then an error row."""
     for index in itertools.count():
         try:
             guard.check("read", number, index)
         except Reject as reject:
-            yield Sample(index, None, reject=reject)
+            yield Row(number, Kind.ERROR, index, reject=reject)
             return
-        sample = next(samples, None)
-        if sample is None:
+        row = next(rows, None)
+        if row is None:
             return
-        yield sample
+        yield row
 
 
 def _abandoned(number: int, error: Exception) -> Row:

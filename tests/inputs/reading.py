@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 
 from pipeline.config import Input
 from pipeline.inputs.readers import read
-from pipeline.inputs.samples import Sample
 from pipeline.inputs.shards import Shard, discover
+from pipeline.rows import Row
 from pipeline.storage import Store
 
 Found = list[tuple[str | None, bytes | str]]  # key, and the bytes or the error class
@@ -22,7 +22,7 @@ def shards_of(path: Path, **config: Any) -> tuple[list[Shard], Input]:
     return discover(settings, Store()), settings
 
 
-def samples(path: Path, store: Store | None = None, **config: Any) -> list[Sample]:
+def samples(path: Path, store: Store | None = None, **config: Any) -> list[Row]:
     """The samples of the only shard; their indices must be 0..n-1, and only the last may lack a key."""
     (shard,), settings = shards_of(path, **config)
     result = list(read(shard, settings, store or Store()))

@@ -18,7 +18,7 @@ import pytest
 
 from pipeline.errors import AccessDenied, PipelineError, SourceChanged, StoreUnavailable
 from pipeline.inputs.readers import read
-from pipeline.inputs.samples import Sample
+from pipeline.rows import Row
 from pipeline.storage import Store
 from tests.inputs.reading import found, parquet, samples, shards_of
 from tests.support.tars import header, measure, tar
@@ -160,7 +160,7 @@ class FailingStore(Store):
 def test_errors_of_the_store_come_out_as_they_are(source: tuple[Path, Path], after: int, error: PipelineError) -> None:
     """Not as damage: the shard must stay open."""
     (shard,), config = shards_of(source[0])
-    before: list[Sample] = []
+    before: list[Row] = []
     with pytest.raises(type(error)) as raised:
         before.extend(read(shard, config, FailingStore(after, error)))
     assert raised.value is error
