@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -25,7 +25,7 @@ from pipeline.model.openvino_engine import packed
 from pipeline.model.quantised import Image, agreement, quantise
 from pipeline.model.spec import CALIBRATION, ModelSpec, Quantised, make_spec
 from pipeline.outputs.dataset import Dataset, Identity
-from pipeline.rows import Kind, Row
+from pipeline.rows import Kind
 from pipeline.storage import Store
 
 log = logging.getLogger(__name__)
@@ -148,9 +148,9 @@ def _images(shards: Sequence[Shard], spec: ModelSpec, config: JobConfig, notes: 
     num_bytes = 0
     for number, shard in enumerate(shards):
         guard = Guard(notes, f"calibrate on {number}")
-        rows = _noting(read_rows(number, shard, config.input, store, guard), reasons)
+        rows = read_rows(number, shard, config.input, store, guard)
         blocks = guard.watch(pixel_blocks(rows, spec.transform, config.input, each, guard))
-        for image in islice((image for block in blocks for image in _pixels(block)), each):
+        for image in islice((image for block in blocks for image in _pixels(block, reasons)), each):
             images.append(image)
             num_bytes += image.nbytes
             if num_bytes > MAX_BYTES:
@@ -160,16 +160,11 @@ def _images(shards: Sequence[Shard], spec: ModelSpec, config: JobConfig, notes: 
     return images
 
 
-def _noting(rows: Iterable[Row], reasons: list[str]) -> Iterator[Row]:
-    """The rows, with why a shard could not be read."""
-    for row in rows:
-        if row.kind is Kind.ABANDONED and row.reject is not None:
-            reasons.append(row.reject.message)
-        yield row
-
-
-def _pixels(block: pa.Table) -> Iterator[Image]:
-    samples = block.filter(pa.array(block["kind"].to_numpy() == Kind.SAMPLE))
+def _pixels(block: pa.Table, reasons: list[str]) -> Iterator[Image]:
+    """The images of a block. Notes why its shard could not be read, where it could not."""
+    kinds = block["kind"].to_numpy()
+    reasons.extend(block.filter(pa.array(kinds == Kind.ABANDONED))["message"].to_pylist())
+    samples = block.filter(pa.array(kinds == Kind.SAMPLE))
     shape = (samples["pixel_height"].to_pylist(), samples["pixel_width"].to_pylist())
     for data, height, width in zip(samples["pixels"], *shape, strict=True):
         yield np.frombuffer(data.as_py(), np.uint8).reshape(height, width, 3)
