@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config import JobConfig, digest
-from pipeline.deaths import Guard, NoNotes, Notes
+from pipeline.deaths import Guard, Notes
 from pipeline.errors import FatalError, NotFound, StoreUnavailable
 from pipeline.inputs.shards import Shard
 from pipeline.inputs.stream import pixel_blocks, read_rows
@@ -113,7 +113,7 @@ def calibrate(
     read, and what `quantise` raises.
     """
     dataset = Dataset(config.output.url, Store(config.output_storage))
-    images = _images(shards, spec, config, notes or NoNotes())
+    images = _images(shards, spec, config, notes or Notes())
     if not images:
         raise FatalError(
             f"model.precision: int8 is calibrated on the job's images, but not one of the first of {len(shards)} shards"

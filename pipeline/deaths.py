@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from pipeline.errors import Reject
 from pipeline.timing import Spent, Stage, Stopwatch
@@ -31,16 +31,11 @@ class Fate(enum.Enum):
     EXCUSED = enum.auto()  # dead, but not of its work
 
 
-class Notes(Protocol):
-    """Where a process notes its work, and the time that it took. `begin` answers how many have died of it so far."""
+class Notes:
+    """Where a process notes its work, and the time that it took. `begin` answers how many have died of it so far.
 
-    def begin(self, work: str) -> int: ...
-    def end(self, work: str) -> None: ...
-    def spend(self, spent: Spent) -> None: ...
-
-
-class NoNotes:
-    """For work whose process dies alone, such as a notebook's."""
+    Nowhere, as they stand here: for work whose process dies alone, such as a notebook's.
+    """
 
     def begin(self, work: str) -> int:
         return 0
@@ -90,7 +85,7 @@ class Guard:
     """
 
     def __init__(self, notes: Notes | None = None, name: str = "") -> None:
-        self._notes, self._name = notes or NoNotes(), name
+        self._notes, self._name = notes or Notes(), name
         self._watch = Stopwatch()
         self._is_careful = False
         self._step: str | None = None

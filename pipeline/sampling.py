@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from pipeline.calibration import spread
 from pipeline.cluster import Cluster, connected
 from pipeline.config import JobConfig
-from pipeline.deaths import Guard, NoNotes
+from pipeline.deaths import Guard, Notes
 from pipeline.driver import MAX_COMMITS, num_committers
 from pipeline.estimation import FORMAT, PREDICTION, Estimate, Measured, estimate
 from pipeline.failures import readable
@@ -138,7 +138,7 @@ def _decode(decoding: Any, chosen: Sequence[Shard], job: Job, cluster: Cluster) 
     return [_answer(answer) for answer in answers]
 
 
-class _Kept(NoNotes):
+class _Kept(Notes):
     """Keeps what a guard tells."""
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from ray._private.worker import global_worker
 from ray.core.generated.common_pb2 import WorkerExitType  # type: ignore[attr-defined]
 from ray.core.generated.gcs_pb2 import WorkerTableData  # type: ignore[attr-defined]
 
-from pipeline.deaths import Deaths, Fate
+from pipeline.deaths import Deaths, Fate, Notes
 from pipeline.errors import Stopped
 from pipeline.timing import Spent
 
@@ -49,7 +49,7 @@ class Witness:
         return self._spent
 
 
-class RayNotes:
+class RayNotes(Notes):
     """`Notes` of whatever worker it is used in. Work that is done for the first time is not noted, since nobody can
     have died of it: a note costs a message, and only what Ray does again can be what killed."""
 

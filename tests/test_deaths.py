@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.deaths import LONE_DEATHS, SPLIT_AFTER, Deaths, Fate, Guard, NoNotes
+from pipeline.deaths import LONE_DEATHS, SPLIT_AFTER, Deaths, Fate, Guard, Notes
 from pipeline.errors import Reject
 
 
@@ -18,7 +18,7 @@ class Died(BaseException):
 
 
 @dataclass
-class Machine(NoNotes):
+class Machine(Notes):
     """Processes that die one after the other, and the book that outlives them."""
 
     excuses: set[int] = field(default_factory=set)  # processes that die for a reason of their own
@@ -160,7 +160,7 @@ def test_steps_are_noted_only_once_a_block_is_suspect() -> None:
     machine = Machine()
     noted: list[str] = []
 
-    class Counting(NoNotes):
+    class Counting(Notes):
         def begin(self, work: str) -> int:
             noted.append(work)
             return machine.begin(work)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline import timing
-from pipeline.deaths import Guard, NoNotes
+from pipeline.deaths import Guard, Notes
 from pipeline.timing import Busy, Spent, Stopwatch
 
 
@@ -84,11 +84,11 @@ def test_nothing_is_told_twice_a_second(clock: Clock) -> None:
 def test_a_guard_tells_what_the_blocks_took(clock: Clock) -> None:
     told: list[Spent] = []
 
-    class Notes(NoNotes):
+    class Telling(Notes):
         def spend(self, spent: Spent) -> None:
             told.append(spent)
 
-    guard = Guard(Notes(), "work")
+    guard = Guard(Telling(), "work")
 
     def blocks():
         for block in range(2):

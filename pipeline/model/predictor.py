@@ -13,7 +13,7 @@ from typing import NoReturn
 import numpy as np
 import pyarrow as pa
 
-from pipeline.deaths import LONE_DEATHS, SPLIT_AFTER, NoNotes, Notes, killer
+from pipeline.deaths import LONE_DEATHS, SPLIT_AFTER, Notes, killer
 from pipeline.errors import FatalError, PipelineError, Reject, clean
 from pipeline.model.engines import OutOfMemory, load_engine
 from pipeline.model.results import Batch, Results, Wanted, connect
@@ -57,7 +57,7 @@ class ResNetPredictor:
     ) -> None:
         """`decode` turns blocks with ENCODED rows into blocks without."""
         self._settings, self._decode = settings, decode
-        self._notes = notes or NoNotes()
+        self._notes = notes or Notes()
         self._fits = settings.batch_size  # images that the device has memory for
         self._is_fixed = info.input_size is not None  # else images come in sizes of their own
         self._has_computed = False

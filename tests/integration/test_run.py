@@ -22,7 +22,7 @@ from PIL import Image
 import pipeline
 from pipeline import driver
 from pipeline.config import Transform
-from pipeline.deaths import NoNotes
+from pipeline.deaths import Notes
 from pipeline.errors import ConfigError, ExitCode, ModelMismatch, TransientError, WeightsError
 from pipeline.examples.digits import encode_png, load_digits_images
 from pipeline.examples.tars import write_tar
@@ -299,8 +299,8 @@ def test_one_tar_is_decoded_on_all_cores_and_never_in_the_actor(tmp_path: Path, 
     cluster = Cluster(num_nodes=1, num_cpus=2, num_gpus=0)
     job = prepare(config, make_spec(config), cluster, [])
     tasks: list[Task] = make_plan(config).tasks
-    many = flow.pieces(tasks, job, cluster, NoNotes()).materialize().stats()
-    one = flow.pieces(tasks[:1], job, cluster, NoNotes()).materialize().stats()
+    many = flow.pieces(tasks, job, cluster, Notes()).materialize().stats()
+    one = flow.pieces(tasks[:1], job, cluster, Notes()).materialize().stats()
     for stats, stages in ((many, 2), (one, 3)):
         names = [line for line in stats.splitlines() if line.startswith("Operator ")]
         assert len(names) == stages, stats
@@ -327,7 +327,7 @@ def test_large_images_of_one_tar_come_to_the_network_in_full_batches(tmp_path: P
     assert 4 * job.block_bytes < 70 * 600 * 600
 
     def blocks(job: Job) -> list[int]:
-        pieces = flow.pieces(tasks, job, cluster, NoNotes()).materialize()
+        pieces = flow.pieces(tasks, job, cluster, Notes()).materialize()
         assert pieces.stats().count("\nOperator ") == 2, "gathering costs a stage of its own"  # behind the first
         return [block.num_rows for block in ray.get(pieces.to_arrow_refs())]
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.deaths import SPLIT_AFTER, NoNotes
+from pipeline.deaths import SPLIT_AFTER, Notes
 from pipeline.model import predictor as module
 from pipeline.model.engines import Engine
 from pipeline.model.openvino_engine import OpenVinoEngine, num_streams
@@ -95,7 +95,7 @@ def test_the_batches_of_one_block_come_before_those_of_the_next(monkeypatch: pyt
     computed: list[int] = []
     are_both_there = threading.Barrier(2, timeout=TIMEOUT_S)
 
-    class Meeting(NoNotes):
+    class Meeting(Notes):
         def begin(self, work: str) -> int:
             are_both_there.wait()
             return 0
@@ -180,7 +180,7 @@ def test_while_a_block_is_suspected_nothing_else_is_begun(num_rows: int, monkeyp
     begun: list[str] = []
     is_at_work, may_go_on = threading.Event(), threading.Event()
 
-    class Suspicious(NoNotes):
+    class Suspicious(Notes):
         def begin(self, work: str) -> int:
             begun.append(work)
             return SPLIT_AFTER if work.endswith(" 5 rows") else 0
