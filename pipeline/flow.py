@@ -71,7 +71,7 @@ def _rows_at_once(job: Job, has_few_shards: bool) -> int | None:
     Where blocks may hold less than a batch, the rest of it would be padding. With a shard or more for each core blocks
     are full, but at the end of a task: a CPU, whose first rows would come late, takes them as they are.
     """
-    holds_pixels = job.info.input_size is not None and job.decoder is None  # else rows may be of any size
+    holds_pixels = job.spec.input_size is not None and job.decoder is None  # else rows may be of any size
     return job.rows_per_block if holds_pixels and (has_few_shards or job.num_gpus) else None
 
 

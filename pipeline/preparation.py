@@ -70,7 +70,7 @@ class Job:
     @property
     def rows_per_block(self) -> int:
         """Images in a block: full batches of some 40 MB in all."""
-        side = self.info.transform.crop or self.info.transform.resize or 224
+        side = self.spec.transform.crop or self.spec.transform.resize or 224
         rows = min(max(BLOCK_BYTES // (3 * side * side), MIN_BLOCK_ROWS), MAX_BLOCK_ROWS)
         return max(rows // self.settings.batch_size, 1) * self.settings.batch_size
 
@@ -81,16 +81,16 @@ class Job:
 
     @property
     def reading(self) -> Reading:
-        return Reading(self.config.input, self.config.input_storage, self.info.transform, self.rows_per_block)
+        return Reading(self.config.input, self.config.input_storage, self.spec.transform, self.rows_per_block)
 
     @property
     def decoder(self) -> DeviceDecoder | None:
         """What decodes on the device; None where cores do."""
-        return device_decoder(self.info.transform, self.config.input.max_pixels, self.settings.device)
+        return device_decoder(self.spec.transform, self.config.input.max_pixels, self.settings.device)
 
     @property
     def block_bytes(self) -> int:
-        side = self.info.transform.crop or self.info.transform.resize or 224
+        side = self.spec.transform.crop or self.spec.transform.resize or 224
         return 3 * side * side * self.rows_per_block
 
 
@@ -171,7 +171,7 @@ def _remembered(spec: ModelSpec, config: JobConfig) -> _Settled | None:
     if engine == "openvino" and spec.quantised is None and not spec.is_noop and not is_converted(spec):
         return None  # perhaps it cannot be
     wanted = config.runtime.batch_size
-    batch_size = wanted if wanted != "auto" else remembered_batch_size(spec, info, engine, device)
+    batch_size = wanted if wanted != "auto" else remembered_batch_size(spec, engine, device)
     return None if batch_size is None else _Settled(spec, info, device, engine, batch_size)
 
 

@@ -181,7 +181,7 @@ def _read_and_decode(shards: Sequence[Shard], job: Job, images: int, max_bytes: 
             sizes.append(shard.size if is_whole else sum(lengths) + extra)
             read.append(len(lengths))
 
-    for found in guard.watch(pixel_blocks(rows(), job.info.transform, job.config.input, images, guard)):
+    for found in guard.watch(pixel_blocks(rows(), job.spec.transform, job.config.input, images, guard)):
         samples.append(found.filter(pc.is_in(found["kind"], kinds)))
     block = pa.concat_tables(samples) if samples else PIXELS.empty_table()
     return Decoded(block.num_rows, sum(read), sum(sizes), notes.spent, block)
@@ -203,7 +203,7 @@ def _time_predictor(blocks: list[pa.Table], job: Job) -> tuple[float, float, flo
     predictor(block.slice(0, size))
     batches = max(round(PREDICT_SECONDS / (time.perf_counter() - loaded)), MIN_BATCHES)
     rows, filled = full_batches(min(block.num_rows, batches * size), size)
-    filled = filled if job.info.input_size is not None else 1.0  # else a batch of each size is padded, as in a run
+    filled = filled if job.spec.input_size is not None else 1.0  # else a batch of each size is padded, as in a run
     images, started = 0, time.perf_counter()
     while images == 0 or time.perf_counter() - started < PREDICT_SECONDS:
         pieces = predictor(block.slice(0, rows))

@@ -36,7 +36,7 @@ class Engine(Protocol):
     """uint8 pixels (B, H, W, 3) to float32 logits (B, C) and embeddings (B, D).
 
     B is always the batch size that the engine was loaded for. A row's bytes depend on its pixels alone, not on its
-    place or its neighbours. Height and width are `info.input_size`, or anything where that is None.
+    place or its neighbours. Height and width are `spec.input_size`, or anything where that is None.
 
     Raises OutOfMemory where the device has too little. Then smaller batches are asked for.
     """
@@ -105,7 +105,7 @@ def load_engine(
     if name == "openvino":
         from pipeline.model.openvino_engine import load_openvino
 
-        return load_openvino(spec, info, batch_size, threads)
+        return load_openvino(spec, batch_size, threads)
     if name == "eager":
         from pipeline.model.torch_engine import load_eager
 
@@ -113,7 +113,7 @@ def load_engine(
     if name == "compile":
         from pipeline.model.torch_engine import load_compiled
 
-        return load_compiled(spec, info, device, batch_size, threads)
+        return load_compiled(spec, device, batch_size, threads)
     raise ConfigError(f"runtime.engine: there is no engine {name!r}. Use eager, compile, openvino or noop.")
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from pipeline.errors import ConfigError, WeightsError, clean, redact
 from pipeline.model.cache import cache_directory, fetch, lock, new_folder
 from pipeline.model.engines import Pixels, Rows, Unconvertible, num_cores
-from pipeline.model.spec import ModelInfo, ModelSpec, Quantised
+from pipeline.model.spec import ModelSpec, Quantised
 from pipeline.model.zoo import build, cache_key
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class OpenVinoEngine:
             self._idle.put(request)
 
 
-def load_openvino(spec: ModelSpec, info: ModelInfo, batch_size: int, threads: int | None) -> OpenVinoEngine:
+def load_openvino(spec: ModelSpec, batch_size: int, threads: int | None) -> OpenVinoEngine:
     """The network compiled for this CPU, with all its cores unless `threads` says otherwise.
 
     Raises ConfigError where OpenVINO is not installed, does not know the network's operations, or the CPU does not
@@ -79,10 +79,10 @@ def load_openvino(spec: ModelSpec, info: ModelInfo, batch_size: int, threads: in
             " it in its dataset, but output.url has none yet. Do the run first, or use another precision."
         )
     network = converted(spec) if spec.quantised is None else _stored(spec.quantised)
-    side = info.input_size or -1
+    side = spec.input_size or -1
     network.reshape([batch_size, side, side, 3])
     threads = threads or num_cores()
-    streams = num_streams(threads, batch_size, info.input_size)
+    streams = num_streams(threads, batch_size, spec.input_size)
     return OpenVinoEngine(compiled(network, PRECISIONS[spec.precision], threads, streams))
 
 

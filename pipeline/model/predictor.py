@@ -59,7 +59,7 @@ class ResNetPredictor:
         self._settings, self._decode = settings, decode
         self._notes = notes or Notes()
         self._fits = settings.batch_size  # images that the device has memory for
-        self._is_fixed = info.input_size is not None  # else images come in sizes of their own
+        self._is_fixed = spec.input_size is not None  # else images come in sizes of their own
         self._has_computed = False
         self.columns = settings.columns
         # One thread has an engine of torch's, whichever thread a block comes in: it does one batch at a time, and torch

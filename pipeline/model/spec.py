@@ -74,6 +74,11 @@ class ModelSpec:
     quantised: Quantised | None = None
 
     @property
+    def input_size(self) -> int | None:
+        """Height and width of the pixels; None where images come in sizes of their own."""
+        return self.transform.crop
+
+    @property
     def needs_calibration(self) -> bool:
         """An int8 network is made of a job's own images; until then the fingerprint is not the dataset's."""
         return self.precision == "int8" and not self.is_noop and self.quantised is None
@@ -90,15 +95,9 @@ class ModelInfo:
 
     num_classes: int
     classes: tuple[str, ...] | None
-    transform: Transform
     embedding_dim: int
     ends_in_softmax: bool = False
     has_head: bool = True  # in its weights
-
-    @property
-    def input_size(self) -> int | None:
-        """Height and width of the pixels; None where images come in sizes of their own."""
-        return self.transform.crop
 
 
 def suffix_of(url: str) -> str:
@@ -161,7 +160,7 @@ def noop_info(spec: ModelSpec) -> ModelInfo:
     known = ARCHITECTURES.get(spec.name)
     named = len(spec.classes) if spec.classes is not None else None
     num_classes = spec.num_classes or named or NUM_IMAGENET_CLASSES
-    return ModelInfo(num_classes, spec.classes, spec.transform, known.embedding_dim if known else 512)
+    return ModelInfo(num_classes, spec.classes, known.embedding_dim if known else 512)
 
 
 def _num_classes(model: Model, weights: WeightsRef) -> int | None:

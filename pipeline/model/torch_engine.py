@@ -24,7 +24,7 @@ from pipeline.model.cache import cache_directory, lock
 from pipeline.model.engines import OutOfMemory, Pixels, Rows, num_cores
 from pipeline.model.network import Network
 from pipeline.model.results import Wanted
-from pipeline.model.spec import ModelInfo, ModelSpec
+from pipeline.model.spec import ModelSpec
 from pipeline.model.zoo import build, cache_key
 
 # Matrix products of an odd number of rows are cut unevenly among threads, and a row's last bits then depend on
@@ -137,14 +137,14 @@ def load_eager(spec: ModelSpec, device: str, threads: int | None) -> TorchEngine
     return engine
 
 
-def load_compiled(spec: ModelSpec, info: ModelInfo, device: str, batch_size: int, threads: int | None) -> TorchEngine:
+def load_compiled(spec: ModelSpec, device: str, batch_size: int, threads: int | None) -> TorchEngine:
     """The network compiled for one batch size, and for one image size where the transform sets it.
 
     Compiles before it returns, or loads what this node has compiled before. Raises ConfigError if that fails, for want
     of a C++ compiler or Triton for example.
     """
     eager = load_eager(spec, device, threads)
-    size = info.input_size
+    size = spec.input_size
     compiled = torch.compile(eager.forward, dynamic=size is None, options=compile_options(device, size))
     engine = TorchEngine(compiled, eager.device, eager.dtype)
     side = size or WARM_UP_SIZE

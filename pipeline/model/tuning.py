@@ -32,7 +32,7 @@ MEMORY = 0.5  # of the device's; the rest is for what else lives there, and for 
 def choose_batch_size(spec: ModelSpec, info: ModelInfo, engine: str, device: str) -> int:
     """The smallest batch that is about as fast as any, in images. What this node found before, it does not measure
     again; a network that can change unseen is measured in every run."""
-    known = remembered_batch_size(spec, info, engine, device)
+    known = remembered_batch_size(spec, engine, device)
     if known is not None:
         return known
     curve = dict(_curve(spec, info, engine, device))
@@ -45,11 +45,11 @@ def choose_batch_size(spec: ModelSpec, info: ModelInfo, engine: str, device: str
     return knee(curve, device)
 
 
-def remembered_batch_size(spec: ModelSpec, info: ModelInfo, engine: str, device: str) -> int | None:
+def remembered_batch_size(spec: ModelSpec, engine: str, device: str) -> int | None:
     """What `choose_batch_size` returns where it need not measure; None where it must."""
     if spec.is_noop or engine == "noop":
         return UNMEASURED[device]
-    if info.input_size is None:
+    if spec.input_size is None:
         return OWN_SIZES[device]
     path = _path(spec, engine, device)
     if path is None or not path.is_file():
@@ -83,7 +83,7 @@ def _curve(spec: ModelSpec, info: ModelInfo, engine: str, device: str) -> Iterat
         if size * per_image > LONGEST:
             return
         try:
-            rate, per_image = _measured(load_engine(engine, spec, info, device, size), info, size)
+            rate, per_image = _measured(load_engine(engine, spec, info, device, size), spec, size)
         except OutOfMemory:
             return
         yield size, rate
@@ -91,15 +91,15 @@ def _curve(spec: ModelSpec, info: ModelInfo, engine: str, device: str) -> Iterat
             return
 
 
-def _measured(engine: Engine, info: ModelInfo, batch_size: int) -> tuple[float, float]:
+def _measured(engine: Engine, spec: ModelSpec, batch_size: int) -> tuple[float, float]:
     """Images/s, and the seconds that an image of a batch takes."""
-    rate = measure_rate(engine, info, batch_size)
+    rate = measure_rate(engine, spec, batch_size)
     return rate, engine.streams / rate
 
 
-def measure_rate(engine: Engine, info: ModelInfo, batch_size: int, seconds: float = SECONDS) -> float:
+def measure_rate(engine: Engine, spec: ModelSpec, batch_size: int, seconds: float = SECONDS) -> float:
     """Images/s of an engine on batches of noise, warm."""
-    side = info.input_size or 224
+    side = spec.input_size or 224
     pixels = np.random.default_rng(0).integers(0, 256, (batch_size, side, side, 3), np.uint8)
     engine(pixels)
     begun = time.perf_counter()

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Transform, digest
+from pipeline.config import digest
 from pipeline.errors import ConfigError, PipelineError, WeightsError, clean
 from pipeline.model.cache import cache_directory, file_sha256, new_file
 from pipeline.model.catalog import NUM_IMAGENET_CLASSES
@@ -113,13 +113,11 @@ def resolve(spec: ModelSpec) -> ModelInfo:
             " returns %d numbers for %d classes: see to it that the pooled features are what goes into it",
             *(head.name, spec.name, head.linear.out_features, head.num_classes),
         )
-    info = ModelInfo(
-        head.num_classes, classes, spec.transform, head.embedding_dim, ends_in_softmax(noise), head.is_filled
-    )
+    info = ModelInfo(head.num_classes, classes, head.embedding_dim, ends_in_softmax(noise), head.is_filled)
     path = _info_path(spec)
     if path is not None:
         with new_file(path) as temporary:
-            temporary.write_text(json.dumps(asdict(info) | {"transform": info.transform.model_dump()}))
+            temporary.write_text(json.dumps(asdict(info)))
     return info
 
 
@@ -166,8 +164,7 @@ def _check_num_classes(spec: ModelSpec, found: int) -> None:
 
 def _from_json(text: str) -> ModelInfo:
     data = json.loads(text)
-    classes = None if data["classes"] is None else tuple(data["classes"])
-    return ModelInfo(**data | {"classes": classes, "transform": Transform(**data["transform"])})
+    return ModelInfo(**data | {"classes": data["classes"] and tuple(data["classes"])})
 
 
 def _imagenet_names(spec: ModelSpec) -> tuple[str, ...] | None:

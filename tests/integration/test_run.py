@@ -333,7 +333,7 @@ def test_large_images_of_one_tar_come_to_the_network_in_full_batches(tmp_path: P
 
     assert blocks(job) == [71]
     # Of images in sizes of their own no more are gathered than came together.
-    own_sizes = replace(job, info=replace(job.info, transform=Transform(**transform | {"crop": None})))
+    own_sizes = replace(job, spec=replace(job.spec, transform=Transform(**transform | {"crop": None})))
     found = blocks(own_sizes)
     assert (len(found) > 4, sum(found)) == (True, 71)
 

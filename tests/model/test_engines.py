@@ -18,7 +18,6 @@ import torch
 from torch._dynamo.utils import counters
 from torchvision.models import resnet18
 
-from pipeline.config import Transform
 from pipeline.errors import ConfigError
 from pipeline.model.engines import Engine, choose_engine, find_engine, load_engine, num_cores
 from pipeline.model.predictor import PredictorSettings, ResNetPredictor
@@ -180,7 +179,7 @@ def test_what_is_compiled_for_a_gpu_names_options_that_torch_has():
 def test_blocks_of_any_length_do_not_compile_again(load: Load, monkeypatch: pytest.MonkeyPatch):
     engine = load("compile")
     monkeypatch.setattr("pipeline.model.predictor.load_engine", lambda *_: engine)
-    info = ModelInfo(NUM_CLASSES, None, Transform(), 512)
+    info = ModelInfo(NUM_CLASSES, None, 512)
     settings = PredictorSettings("compile", "cpu", BATCH_SIZE, 3, Columns(True, True, "float16", 512))
     predictor = ResNetPredictor(make_spec(make_job(engine="noop")), info, settings)
     compiled = dict(counters["stats"])
@@ -226,7 +225,7 @@ from pipeline.config import make_config
 from pipeline.model.engines import load_engine
 from pipeline.model.spec import ModelInfo, make_spec
 spec = make_spec(make_config(json.loads(sys.argv[1])))
-engine = load_engine("openvino", spec, ModelInfo(40, None, spec.transform, 512), "cpu", 4, 2)
+engine = load_engine("openvino", spec, ModelInfo(40, None, 512), "cpu", 4, 2)
 logits, embeddings = engine(np.load(sys.argv[2]))
 print(hashlib.sha256(logits.tobytes() + embeddings.tobytes()).hexdigest(), "torch" in sys.modules)
 """

@@ -32,7 +32,8 @@ BATCH = 4
 SIDE = 8
 TRANSFORM = Transform(resize=None, crop=None)
 COLUMNS = Columns(predictions=True, embeddings=True, embedding_dtype="float32", embedding_dim=2)
-INFO = ModelInfo(3, ("a", "b", "c"), TRANSFORM, 2)
+SPEC = replace(make_spec(make_job(engine="noop")), transform=TRANSFORM)
+INFO = ModelInfo(3, ("a", "b", "c"), 2)
 ADDED = 255  # the colour of poison
 
 
@@ -65,9 +66,7 @@ def load(
 ) -> ResNetPredictor:
     """A predictor over an engine that a test brings along."""
     monkeypatch.setattr(module, "load_engine", lambda *_: Computing(engine, streams))
-    return ResNetPredictor(
-        make_spec(make_job(engine="noop")), INFO, PredictorSettings("eager", "cpu", BATCH, 2, COLUMNS), notes, decode
-    )
+    return ResNetPredictor(SPEC, INFO, PredictorSettings("eager", "cpu", BATCH, 2, COLUMNS), notes, decode)
 
 
 def with_kinds(block: pa.Table, before: Kind, after: Kind) -> pa.Table:
@@ -230,7 +229,7 @@ def test_a_network_that_fails_with_all_images_ends_the_run_with_a_sentence(
     def engine(pixels: np.ndarray) -> Any:
         raise RuntimeError("mat1 and mat2 cannot be multiplied")
 
-    monkeypatch.setattr("tests.model.test_predictor.INFO", replace(INFO, transform=Transform(resize=None, crop=crop)))
+    monkeypatch.setattr("tests.model.test_predictor.SPEC", replace(SPEC, transform=Transform(resize=None, crop=crop)))
     with pytest.raises(FatalError, match=r"fails with images of 8 x 8 pixels: mat1 and mat2 .*Set model\.transform"):
         load(monkeypatch, engine)(block_of([1] * (BATCH + 1)))
 

@@ -175,6 +175,6 @@ def test_models_that_cannot_be(job, model, message):
 def test_noop_needs_no_weights_and_knows_its_shape(job):
     spec = make_spec(job(name="resnet18", engine="noop"))  # with resnet50's default weights
     assert spec.is_noop
-    assert noop_info(spec) == ModelInfo(1000, None, Transform(), 512)
+    assert noop_info(spec) == ModelInfo(1000, None, 512)
     assert noop_info(make_spec(job(engine="noop", classes=["a", "b"]))).num_classes == 2
     assert noop_info(make_spec(job(engine="noop"))).embedding_dim == 2048

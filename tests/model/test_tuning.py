@@ -15,7 +15,7 @@ from pipeline.model.engines import OutOfMemory, load_engine
 from pipeline.model.spec import make_spec
 from pipeline.model.tuning import choose_batch_size, knee
 from pipeline.model.zoo import resolve
-from tests.model.test_predictor import INFO, Computing
+from tests.model.test_predictor import SPEC, Computing
 
 
 @pytest.mark.parametrize(
@@ -105,5 +105,5 @@ def test_an_engine_is_measured_with_all_its_streams(streams: int) -> None:
         at_once.remove(threading.get_ident())
         return pixels, pixels
 
-    assert tuning.measure_rate(Computing(compute, streams), INFO, 2) > 0
+    assert tuning.measure_rate(Computing(compute, streams), SPEC, 2) > 0
     assert most == streams

@@ -129,7 +129,8 @@ def test_a_network_of_another_name_does_not_fit(job, checkpoint: Path):
 
 def test_a_resolved_model_is_remembered_and_costs_no_torch(job, checkpoint: Path, cache: Path):
     config = job(name="resnet18", weights=str(checkpoint), classes=[f"class {i}" for i in range(40)])
-    info = resolve(make_spec(config))
+    spec = make_spec(config)
+    info = resolve(spec)
     code = """
 import json, sys
 from pipeline.config import make_config
@@ -138,12 +139,13 @@ from pipeline.model.zoo import resolve
 print(resolve(make_spec(make_config(json.loads(sys.argv[1])))), "torch" in sys.modules)
 """
     assert output_of(python(code, config.model_dump_json())) == f"{info} False"
-    assert info.transform == Transform(resize=256, crop=224)
+    assert spec.transform == Transform(resize=256, crop=224)
 
 
 def test_the_example_network_resolves_to_its_ten_digits(job):
     path = Path(__file__).parents[2] / "pipeline/examples/digits_resnet20.safetensors"
     transform = {"resize": 32, "crop": 32, "mean": None, "std": None}
     name = "pipeline.examples.network:digits_resnet20"
-    info = resolve(make_spec(job(name=name, weights=str(path), transform=transform)))
-    assert (info.num_classes, info.embedding_dim, info.input_size) == (10, 64, 32)
+    spec = make_spec(job(name=name, weights=str(path), transform=transform))
+    info = resolve(spec)
+    assert (info.num_classes, info.embedding_dim, spec.input_size) == (10, 64, 32)
