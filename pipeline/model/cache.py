@@ -8,12 +8,14 @@ ever removed but damaged weights: delete the directory to free the space.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -84,6 +86,21 @@ def _sync(path: Path) -> None:
     if path.is_file():
         with path.open("rb") as file:
             os.fsync(file.fileno())
+
+
+def keep(kind: str, key: str | None, value: Any) -> None:
+    """Keep what JSON can hold under this name; with None nowhere."""
+    if key is not None:
+        with new_file(cache_directory(kind) / f"{key}.json") as temporary:
+            temporary.write_text(json.dumps(value))
+
+
+def recall(kind: str, key: str | None) -> Any | None:
+    """What was kept under this name, None if nothing was."""
+    if key is None:
+        return None
+    path = cache_directory(kind) / f"{key}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def fetch(url: str, storage: Storage, sha256: str | None = None, advice: str = WEIGHTS_ADVICE) -> Path:

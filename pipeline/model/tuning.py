@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
 from pipeline.config import digest
-from pipeline.model.cache import cache_directory, new_file
+from pipeline.model.cache import keep, recall
 from pipeline.model.engines import Engine, OutOfMemory, load_engine, num_cores
 from pipeline.model.spec import ModelInfo, ModelSpec
 from pipeline.model.zoo import cache_key
@@ -36,13 +34,11 @@ def choose_batch_size(spec: ModelSpec, info: ModelInfo, engine: str, device: str
     if known is not None:
         return known
     curve = dict(_curve(spec, info, engine, device))
-    found = {"batch_size": knee(curve, device), "images_per_s": {size: round(rate, 1) for size, rate in curve.items()}}
+    chosen = knee(curve, device)
+    found = {"batch_size": chosen, "images_per_s": {size: round(rate, 1) for size, rate in curve.items()}}
     log.info("runtime.batch_size: %s", found)
-    path = _path(spec, engine, device)
-    if path is not None:
-        with new_file(path) as temporary:
-            temporary.write_text(json.dumps(found))
-    return knee(curve, device)
+    keep("batch-sizes", _key(spec, engine, device), found)
+    return chosen
 
 
 def remembered_batch_size(spec: ModelSpec, engine: str, device: str) -> int | None:
@@ -51,18 +47,13 @@ def remembered_batch_size(spec: ModelSpec, engine: str, device: str) -> int | No
         return UNMEASURED[device]
     if spec.input_size is None:
         return OWN_SIZES[device]
-    path = _path(spec, engine, device)
-    if path is None or not path.is_file():
-        return None
-    batch_size: int = json.loads(path.read_text())["batch_size"]
-    return batch_size
+    found = recall("batch-sizes", _key(spec, engine, device))
+    return found and int(found["batch_size"])
 
 
-def _path(spec: ModelSpec, engine: str, device: str) -> Path | None:
+def _key(spec: ModelSpec, engine: str, device: str) -> str | None:
     key = cache_key(spec, "torch", "openvino") if engine == "openvino" else cache_key(spec, "torch")
-    if key is None:
-        return None
-    return cache_directory("batch-sizes") / f"{digest([key, engine, _hardware(device)], 32)}.json"
+    return key and digest([key, engine, _hardware(device)], 32)
 
 
 def knee(curve: Mapping[int, float], device: str) -> int:

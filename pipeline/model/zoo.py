@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import os
 import random
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import digest
 from pipeline.errors import ConfigError, PipelineError, WeightsError, clean
-from pipeline.model.cache import cache_directory, file_sha256, new_file
+from pipeline.model.cache import file_sha256, keep, recall
 from pipeline.model.catalog import NUM_IMAGENET_CLASSES
 from pipeline.model.classes import check_count
 from pipeline.model.source import installed_packages, is_closed, load_callable
@@ -114,10 +113,7 @@ def resolve(spec: ModelSpec) -> ModelInfo:
             *(head.name, spec.name, head.linear.out_features, head.num_classes),
         )
     info = ModelInfo(head.num_classes, classes, head.embedding_dim, ends_in_softmax(noise), head.is_filled)
-    path = _info_path(spec)
-    if path is not None:
-        with new_file(path) as temporary:
-            temporary.write_text(json.dumps(asdict(info)))
+    keep("info", cache_key(spec, "torch", "torchvision"), asdict(info))
     return info
 
 
@@ -125,15 +121,8 @@ def remembered(spec: ModelSpec) -> ModelInfo | None:
     """What `resolve` returns, if this node has found it before; None if the network must be built for it."""
     if spec.is_noop:
         return noop_info(spec)
-    path = _info_path(spec)
-    if path is None or not path.is_file():
-        return None
-    return _from_json(path.read_text())
-
-
-def _info_path(spec: ModelSpec) -> Path | None:
-    key = cache_key(spec, "torch", "torchvision")
-    return cache_directory("info") / f"{key}.json" if key else None
+    found = recall("info", cache_key(spec, "torch", "torchvision"))
+    return found and ModelInfo(**found | {"classes": found["classes"] and tuple(found["classes"])})
 
 
 def cache_key(spec: ModelSpec, *packages: str) -> str | None:
@@ -160,11 +149,6 @@ def _check_num_classes(spec: ModelSpec, found: int) -> None:
             f"model.num_classes is {spec.num_classes}, but the network {spec.name} has {found} classes. A custom"
             " callable may take num_classes as an argument; leave the key out otherwise."
         )
-
-
-def _from_json(text: str) -> ModelInfo:
-    data = json.loads(text)
-    return ModelInfo(**data | {"classes": data["classes"] and tuple(data["classes"])})
 
 
 def _imagenet_names(spec: ModelSpec) -> tuple[str, ...] | None:
