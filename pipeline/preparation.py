@@ -168,7 +168,7 @@ def _remembered(spec: ModelSpec, config: JobConfig) -> _Settled | None:
     engine, info = choose_engine(config.runtime.engine, device, spec.precision), remembered(spec)
     if info is None or spec.needs_calibration:
         return None
-    if engine == "openvino" and spec.quantised is None and not spec.is_noop and not is_converted(spec):
+    if engine == "openvino" and spec.quantised is None and not is_converted(spec):
         return None  # perhaps it cannot be
     wanted = config.runtime.batch_size
     batch_size = wanted if wanted != "auto" else remembered_batch_size(spec, engine, device)

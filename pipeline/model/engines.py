@@ -78,7 +78,7 @@ def find_engine(requested: str, device: str, spec: ModelSpec) -> str:
     """What `choose_engine` says; but where `auto` would be OpenVINO and it can't compute this network as torch does,
     eager, which is said. Converts the network to find out, unless this node has done so."""
     engine = choose_engine(requested, device, spec.precision)
-    if requested == "auto" and engine == "openvino" and not spec.is_noop and spec.precision != "int8":
+    if requested == "auto" and engine == "openvino" and spec.precision != "int8":
         from pipeline.model.openvino_engine import converted
 
         try:

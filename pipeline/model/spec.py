@@ -68,10 +68,14 @@ class ModelSpec:
     precision: Precision
     storage: Storage  # how the weights' URL is reached
     source: Source | None = field(repr=False)  # of a custom network
-    is_noop: bool
     fingerprint: str
     identity: dict[str, Any]
     quantised: Quantised | None = None
+
+    @property
+    def is_noop(self) -> bool:
+        """Whether it is for the noop engine."""
+        return self.weights.kind == "none"
 
     @property
     def input_size(self) -> int | None:
@@ -132,9 +136,8 @@ def make_spec(config: JobConfig) -> ModelSpec:
     Raises ConfigError for what can't be built, WeightsError for weights that can't be fetched.
     """
     model = config.model
-    is_noop = config.runtime.engine == "noop"
     source = locate(model.name, config.directory) if model.is_custom else None
-    weights = WeightsRef("none") if is_noop else _weights(config)
+    weights = WeightsRef("none") if config.runtime.engine == "noop" else _weights(config)
     classes = class_names(model.classes, config.directory, config.storage)
     check_count(classes, _num_classes(model, weights))
     transform = _preset(model).overlaid(model.transform)
@@ -149,7 +152,6 @@ def make_spec(config: JobConfig) -> ModelSpec:
         precision=model.precision,
         storage=config.storage,
         source=source,
-        is_noop=is_noop,
         fingerprint=digest(identity),
         identity=identity,
     )

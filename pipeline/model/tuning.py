@@ -43,7 +43,7 @@ def choose_batch_size(spec: ModelSpec, info: ModelInfo, engine: str, device: str
 
 def remembered_batch_size(spec: ModelSpec, engine: str, device: str) -> int | None:
     """What `choose_batch_size` returns where it need not measure; None where it must."""
-    if spec.is_noop or engine == "noop":
+    if engine == "noop":
         return UNMEASURED[device]
     if spec.input_size is None:
         return OWN_SIZES[device]
