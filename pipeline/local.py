@@ -110,11 +110,11 @@ def _predictor(wanted: _Wanted, engine: str, device: str, batch_size: int, max_p
     """Loading a network takes seconds, and a notebook calls again and again."""
     from pipeline.model.predictor import PredictorSettings, ResNetPredictor
 
-    spec, output = wanted.spec, wanted.output
+    spec = wanted.spec
     info = resolve(spec)
-    columns = result_columns(output, info)
+    columns = result_columns(wanted.output, info)
     engine = find_engine(engine, device, spec)
-    settings = PredictorSettings(engine, device, batch_size, output.top_k, columns)
+    settings = PredictorSettings(engine, device, batch_size, columns)
     return ResNetPredictor(spec, info, settings, decode=device_decoder(spec.transform, max_pixels, device))
 
 

@@ -110,10 +110,10 @@ def begin_preparing(config: JobConfig, spec: ModelSpec, cluster: Cluster, shards
     wait = _begin_settling(spec, config, cluster, num_gpus, shards)
 
     def job() -> Job:
-        settled, output, runtime = wait(), config.output, config.runtime
+        settled, runtime = wait(), config.runtime
         actors = runtime.actors if runtime.actors != "auto" else (cluster.num_gpus if num_gpus else cluster.num_nodes)
-        columns = result_columns(output, settled.info)
-        settings = PredictorSettings(settled.engine, settled.device, settled.batch_size, output.top_k, columns)
+        columns = result_columns(config.output, settled.info)
+        settings = PredictorSettings(settled.engine, settled.device, settled.batch_size, columns)
         return Job(config, settled.spec, settled.info, settings, actors, num_gpus)
 
     return job

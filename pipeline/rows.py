@@ -86,12 +86,11 @@ def identity_and_verdict(rows: list[Row]) -> dict[str, pa.Array]:
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns a dataset has; `embedding_dim` is the width D of the pooled embedding."""
+    """Which columns a dataset has: what of a network's outputs is stored."""
 
-    predictions: bool
-    embeddings: bool
-    embedding_dtype: Literal["float16", "float32"]
-    embedding_dim: int
+    top_k: int  # classes per image; 0: no predictions
+    embedding_dtype: Literal["float16", "float32"] | None  # None: no embeddings
+    embedding_dim: int  # the width D of the pooled embedding
 
     def results(self) -> list[pa.Field]:
         """The columns that the predictor adds to a sample."""
@@ -104,7 +103,7 @@ class Columns:
         ]
         dtype = pa.float16() if self.embedding_dtype == "float16" else pa.float32()
         embedding = pa.field("embedding", pa.list_(dtype, self.embedding_dim))
-        return (fields if self.predictions else []) + ([embedding] if self.embeddings else [])
+        return (fields if self.top_k else []) + ([embedding] if self.embedding_dtype else [])
 
     def pieces(self) -> pa.Schema:
         """What leaves the predictor: every kind of row; the result columns are null for all but samples."""

@@ -265,10 +265,7 @@ def _part_schema(identity: Identity, schema: pa.Schema) -> pa.Schema:
     if found is not None and not pa.types.is_fixed_size_list(found):
         raise ValueError(f"embedding is {found}, not a list of fixed size")
     width = 0 if found is None else found.list_size
-    is_half = columns["embedding_dtype"] != "float32"
-    return part_schema(
-        Columns(columns["predictions"], columns["embeddings"], "float16" if is_half else "float32", width)
-    )
+    return part_schema(Columns(columns["top_k"] or 0, columns["embedding_dtype"], width))
 
 
 def _width(schema: pa.Schema) -> int:

@@ -90,7 +90,7 @@ def job_of(folder: Path, **sections: Any) -> Job:
     config = make_config(digits_config(folder, folder / "labels", **NOOP | sections))
     spec, _ = model_and_dataset(config)
     info = resolve(spec)
-    settings = PredictorSettings("noop", "cpu", 8, 1, result_columns(config.output, info))
+    settings = PredictorSettings("noop", "cpu", 8, result_columns(config.output, info))
     return Job(config, spec, info, settings, 1, 0)
 
 

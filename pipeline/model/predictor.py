@@ -16,7 +16,7 @@ import pyarrow as pa
 from pipeline.deaths import LONE_DEATHS, SPLIT_AFTER, Notes, killer
 from pipeline.errors import FatalError, PipelineError, Reject, clean
 from pipeline.model.engines import OutOfMemory, load_engine
-from pipeline.model.results import Batch, Results, Wanted, connect
+from pipeline.model.results import Batch, Results, connect
 from pipeline.model.spec import ModelInfo, ModelSpec
 from pipeline.model.turns import Turns
 from pipeline.rows import IDENTITY, VERDICT, Columns, Kind
@@ -34,7 +34,6 @@ class PredictorSettings:
     engine: str
     device: str
     batch_size: int
-    top_k: int
     columns: Columns
 
 
@@ -66,11 +65,7 @@ class ResNetPredictor:
         # keeps CUDA graphs and a CPU's worker threads for each thread that computes.
         thread = ThreadPoolExecutor(1, "engine")
         engine = thread.submit(load_engine, settings.engine, spec, info, settings.device, settings.batch_size).result()
-        columns = settings.columns
-        wanted = Wanted(
-            settings.top_k if columns.predictions else 0, columns.embedding_dtype if columns.embeddings else None
-        )
-        self._compute = connect(engine, settings.device, wanted, thread)
+        self._compute = connect(engine, settings.device, settings.columns, thread)
         self._turns = Turns()
         self._busy = Busy()
         names = info.classes or [str(number) for number in range(info.num_classes)]
@@ -184,10 +179,10 @@ class ResNetPredictor:
     def _rows(self, samples: pa.Table, results: Results) -> pa.Table:
         """The samples with their results."""
         columns = self._settings.columns
-        if columns.predictions:
+        if columns.top_k:
             for name, column in self._predictions(results.ids, results.scores).items():
                 samples = samples.append_column(name, column)
-        if columns.embeddings:
+        if columns.embedding_dtype:
             flat = pa.array(results.embeddings.reshape(-1))
             embeddings = pa.FixedSizeListArray.from_arrays(flat, results.embeddings.shape[1])
             samples = samples.append_column("embedding", embeddings)

@@ -7,28 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from functools import partial
 from threading import Event, Lock
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.model.engines import Engine, Pixels, Rows
+from pipeline.rows import Columns
 
 CALLS = 2  # at once: one call's batches keep the device busy while the other's results become a table
 
 # Row numbers (N,) within a block, and the pixels of these rows first; what is left of the B images is padding.
 Batch = tuple[npt.NDArray[np.int64], Pixels]
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What of a network's outputs is stored."""
-
-    top_k: int  # classes per image; 0: none
-    embedding_dtype: Literal["float16", "float32"] | None
 
 
 class Results(NamedTuple):
@@ -54,8 +46,8 @@ class OnHost:
     """See `Compute`: an engine whose outputs lie in the host's memory. `threads`, as many as it has streams, do the
     batches of one call before those of the next: taking turns, two blocks would both be done as late as the second."""
 
-    def __init__(self, engine: Engine, wanted: Wanted, threads: Executor) -> None:
-        self._engine, self._wanted, self._threads = engine, wanted, threads
+    def __init__(self, engine: Engine, columns: Columns, threads: Executor) -> None:
+        self._engine, self._columns, self._threads = engine, columns, threads
         self._queueing, self._drawing = Lock(), Lock()
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[tuple[npt.NDArray[np.int64], Results]]:
@@ -65,7 +57,7 @@ class OnHost:
         try:
             for share in shares:
                 for rows, (logits, embeddings) in share.result():
-                    yield rows, results_of(logits[: len(rows)], embeddings[: len(rows)], self._wanted)
+                    yield rows, results_of(logits[: len(rows)], embeddings[: len(rows)], self._columns)
         finally:  # after a failure or a Ctrl-C, no stream goes on with what nobody waits for
             is_over.set()
             wait([share for share in shares if not share.cancel()])
@@ -89,29 +81,29 @@ class OnHost:
         return done
 
 
-def connect(engine: Engine, device: str, wanted: Wanted, thread: Executor) -> Compute:
+def connect(engine: Engine, device: str, columns: Columns, thread: Executor) -> Compute:
     """The engine, which was loaded in `thread` on `device` (cpu or cuda), with what its outputs go through."""
     if device == "cpu":
-        return OnHost(engine, wanted, thread if engine.streams == 1 else ThreadPoolExecutor(engine.streams, "stream"))
+        return OnHost(engine, columns, thread if engine.streams == 1 else ThreadPoolExecutor(engine.streams, "stream"))
     from pipeline.model.torch_engine import TorchEngine
     from pipeline.model.transfer import Cuda, OnDevice
 
     assert isinstance(engine, TorchEngine), "the other engines know CPUs only"
-    return OnDevice(partial(engine.results, wanted=wanted), Cuda(), thread)
+    return OnDevice(partial(engine.results, columns=columns), Cuda(), thread)
 
 
-def results_of(logits: Rows, embeddings: Rows, wanted: Wanted) -> Results:
+def results_of(logits: Rows, embeddings: Rows, columns: Columns) -> Results:
     """Logits float32 (N, C) and embeddings float32 (N, D) to what is stored of them."""
     is_finite = np.asarray(np.isfinite(logits).all(axis=1))
     scores, ids = logits[:, :0], np.empty((len(logits), 0), np.int32)
-    if wanted.top_k:
+    if columns.top_k:
         scores = softmax(logits)
-        ids = top_ids(scores, wanted.top_k)
+        ids = top_ids(scores, columns.top_k)
         scores = np.take_along_axis(scores, ids, axis=1)
     stored: npt.NDArray[np.floating] = embeddings[:, :0]
-    if wanted.embedding_dtype:
+    if columns.embedding_dtype:
         with np.errstate(over="ignore"):  # what overflows to infinity becomes an error row
-            stored = embeddings.astype(wanted.embedding_dtype)
+            stored = embeddings.astype(columns.embedding_dtype)
         is_finite = is_finite & np.isfinite(stored).all(axis=1)
     return Results(scores, ids, stored, is_finite)
 

@@ -127,7 +127,8 @@ def result_columns(output: Output, info: ModelInfo) -> Columns:
             " make their scores nearly equal. Leave out the one that it ends in, or set output.predictions=false for"
             " embeddings alone."
         )
-    return Columns(output.predictions, output.embeddings, output.embedding_dtype, info.embedding_dim)
+    top_k = output.top_k if output.predictions else 0
+    return Columns(top_k, output.embedding_dtype if output.embeddings else None, info.embedding_dim)
 
 
 def make_spec(config: JobConfig) -> ModelSpec:

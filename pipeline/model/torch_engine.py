@@ -23,9 +23,9 @@ from pipeline.errors import ConfigError, clean
 from pipeline.model.cache import cache_directory, lock
 from pipeline.model.engines import OutOfMemory, Pixels, Rows, num_cores
 from pipeline.model.network import Network
-from pipeline.model.results import Wanted
 from pipeline.model.spec import ModelSpec
 from pipeline.model.zoo import build, cache_key
+from pipeline.rows import Columns
 
 # Matrix products of an odd number of rows are cut unevenly among threads, and a row's last bits then depend on
 # where it lies: seen with MKL for 5 to 7 and 9 to 11 rows, never for up to 4 or for a multiple of 8.
@@ -56,10 +56,10 @@ class TorchEngine:
             logits, embeddings = self._compute(self._stage(pixels).to(self.device))
             return logits[: len(pixels)].cpu().numpy(), embeddings[: len(pixels)].cpu().numpy()
 
-    def results(self, pixels: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def results(self, pixels: Tensor, columns: Columns) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The fields of `Results`, computed where the pixels are."""
         with torch.inference_mode():
-            return results_of(*self._compute(pixels), wanted)
+            return results_of(*self._compute(pixels), columns)
 
     def _compute(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -91,17 +91,17 @@ def memory_errors() -> Iterator[None]:
         raise OutOfMemory(clean(cause)) from cause
 
 
-def results_of(logits: Tensor, embeddings: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def results_of(logits: Tensor, embeddings: Tensor, columns: Columns) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `results.results_of` does, where the tensors are: scores, ids, embeddings as stored, and what is finite."""
     is_finite = logits.isfinite().all(dim=1)
     scores, ids = logits[:, :0], torch.empty((len(logits), 0), dtype=torch.int32, device=logits.device)
-    if wanted.top_k:
+    if columns.top_k:
         # Not topk, which breaks ties as it likes.
         scores, ids = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
-        scores, ids = scores[:, : wanted.top_k], ids[:, : wanted.top_k].to(torch.int32)
+        scores, ids = scores[:, : columns.top_k], ids[:, : columns.top_k].to(torch.int32)
     stored = embeddings[:, :0]
-    if wanted.embedding_dtype:
-        stored = embeddings.to(DTYPES.get(wanted.embedding_dtype, torch.float32))
+    if columns.embedding_dtype:
+        stored = embeddings.to(DTYPES.get(columns.embedding_dtype, torch.float32))
         is_finite &= stored.isfinite().all(dim=1)
     return scores, ids, stored, is_finite
 
@@ -156,7 +156,7 @@ def load_compiled(spec: ModelSpec, device: str, batch_size: int, threads: int | 
                 engine(pixels)
             else:  # as `transfer.py` calls it, with exactly that shape; and once more, so that a graph is recorded
                 for _ in range(2):
-                    engine.results(torch.from_numpy(pixels).to(device), Wanted(0, None))
+                    engine.results(torch.from_numpy(pixels).to(device), Columns(0, None, 0))
     except OutOfMemory:
         raise
     except Exception as error:

@@ -267,7 +267,7 @@ def test_no_secret_is_pickled(written: Written, monkeypatch: pytest.MonkeyPatch)
     assert len(plan.tasks) == SHARDS
     assert store.find("s3://raw"), "a store with a connection"
     spec = make_spec(config)
-    settings = PredictorSettings("eager", "cpu", 1, 5, Columns(True, True, "float16", 64))
+    settings = PredictorSettings("eager", "cpu", 1, Columns(5, "float16", 64))
     job = Job(config, spec, ModelInfo(10, None, 64), settings, 1, 0)
     pickled = cloudpickle.dumps([store, config, spec, job, plan])
     assert b"s3://raw/digits-000.tar" in pickled

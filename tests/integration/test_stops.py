@@ -203,7 +203,7 @@ def test_a_run_in_which_nothing_moves_ends_with_a_sentence(tmp_path: Path, monke
 def idle_run(folder: Path, watcher: Counter, shards: Sequence[str] = ()) -> Run:
     """Over shards that nobody reads."""
     tasks = [Task(Shard(url, shard_id(url), "webdataset", "0", 1)) for url in shards]
-    context = CommitContext(Dataset(str(folder), Store()), {}, Columns(True, True, "float16", 4), "noop")
+    context = CommitContext(Dataset(str(folder), Store()), {}, Columns(5, "float16", 4), "noop")
     return Run(tasks, make_config(digits_config(folder, folder)), context, Cluster(1, 2, 0), watcher)
 
 

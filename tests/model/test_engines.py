@@ -180,7 +180,7 @@ def test_blocks_of_any_length_do_not_compile_again(load: Load, monkeypatch: pyte
     engine = load("compile")
     monkeypatch.setattr("pipeline.model.predictor.load_engine", lambda *_: engine)
     info = ModelInfo(NUM_CLASSES, None, 512)
-    settings = PredictorSettings("compile", "cpu", BATCH_SIZE, 3, Columns(True, True, "float16", 512))
+    settings = PredictorSettings("compile", "cpu", BATCH_SIZE, Columns(3, "float16", 512))
     predictor = ResNetPredictor(make_spec(make_job(engine="noop")), info, settings)
     compiled = dict(counters["stats"])
     assert compiled["unique_graphs"] >= 1

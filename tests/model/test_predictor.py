@@ -31,7 +31,7 @@ from tests.test_deaths import Died, Machine
 BATCH = 4
 SIDE = 8
 TRANSFORM = Transform(resize=None, crop=None)
-COLUMNS = Columns(predictions=True, embeddings=True, embedding_dtype="float32", embedding_dim=2)
+COLUMNS = Columns(top_k=2, embedding_dtype="float32", embedding_dim=2)
 SPEC = replace(make_spec(make_job(engine="noop")), transform=TRANSFORM)
 INFO = ModelInfo(3, ("a", "b", "c"), 2)
 ADDED = 255  # the colour of poison
@@ -66,7 +66,7 @@ def load(
 ) -> ResNetPredictor:
     """A predictor over an engine that a test brings along."""
     monkeypatch.setattr(module, "load_engine", lambda *_: Computing(engine, streams))
-    return ResNetPredictor(SPEC, INFO, PredictorSettings("eager", "cpu", BATCH, 2, COLUMNS), notes, decode)
+    return ResNetPredictor(SPEC, INFO, PredictorSettings("eager", "cpu", BATCH, COLUMNS), notes, decode)
 
 
 def with_kinds(block: pa.Table, before: Kind, after: Kind) -> pa.Table:

@@ -21,7 +21,7 @@ from pipeline.model import predictor as module
 from pipeline.model.engines import Engine
 from pipeline.model.openvino_engine import OpenVinoEngine, num_streams
 from pipeline.model.predictor import PredictorSettings, ResNetPredictor
-from pipeline.model.results import Compute, Wanted
+from pipeline.model.results import Compute
 from pipeline.model.spec import make_spec
 from pipeline.model.torch_engine import TorchEngine
 from pipeline.model.transfer import OnDevice
@@ -51,9 +51,9 @@ def test_what_fails_for_want_of_memory_is_done_again_and_nothing_else(
         computed.update(pixels[:, 0, 0, 0].tolist())
         return colours(pixels)
 
-    def connect(engine: Engine, device: str, wanted: Wanted, thread: Executor) -> Compute:
+    def connect(engine: Engine, device: str, columns: Columns, thread: Executor) -> Compute:
         on_device = TorchEngine(network, torch.device("cpu"), None)
-        return OnDevice(lambda pixels: on_device.results(pixels, wanted), FakeDevice(eagerness, eagerness), thread)
+        return OnDevice(lambda pixels: on_device.results(pixels, columns), FakeDevice(eagerness, eagerness), thread)
 
     block = block_of(list(range(1, 22)))
     monkeypatch.setattr(module, "connect", connect)
@@ -167,7 +167,7 @@ def test_many_blocks_at_once_give_what_they_give_one_by_one(engine: str) -> None
     job = make_job(name="resnet18", weights="random", num_classes=10, transform={"resize": None, "crop": None})
     spec = make_spec(job)
     info = resolve(spec)
-    settings = PredictorSettings(engine, "cpu", 8, 3, Columns(True, True, "float16", info.embedding_dim))
+    settings = PredictorSettings(engine, "cpu", 8, Columns(3, "float16", info.embedding_dim))
     predictor = ResNetPredictor(spec, info, settings)
     blocks = [block_of(list(range(first, first + 11)), side=16) for first in range(0, 240, 40)]
     assert run_at_once(predictor, blocks) == [by_index(predictor(block)) for block in blocks]

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from pipeline.model.engines import OutOfMemory
-from pipeline.model.results import Batch, Results, Wanted, results_of
+from pipeline.model.results import Batch, Results, results_of
 from pipeline.model.torch_engine import TorchEngine
 from pipeline.model.torch_engine import results_of as results_on_device
 from pipeline.model.transfer import CALLS, OnDevice
+from pipeline.rows import Columns
 from tests.model.fake_device import FakeDevice
 
 BATCH = 4
@@ -30,7 +31,7 @@ def colours(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 def line(device: FakeDevice, network: Callable[[Tensor], tuple[Tensor, Tensor]] = colours) -> OnDevice:
     engine = TorchEngine(network, torch.device("cpu"), None)
-    return OnDevice(lambda pixels: engine.results(pixels, Wanted(2, "float32")), device, ThreadPoolExecutor(1))
+    return OnDevice(lambda pixels: engine.results(pixels, Columns(2, "float32", 0)), device, ThreadPoolExecutor(1))
 
 
 def batches_of(numbers: Sequence[int], side: int = 2, device: FakeDevice | None = None) -> Iterator[Batch]:
@@ -118,18 +119,18 @@ def test_too_little_memory_is_said_in_the_engines_words() -> None:
 
 
 @pytest.mark.parametrize(
-    "wanted", [Wanted(5, "float16"), Wanted(100, "float32"), Wanted(0, "float16"), Wanted(3, None)]
+    "columns", [Columns(5, "float16", 0), Columns(100, "float32", 0), Columns(0, "float16", 0), Columns(3, None, 0)]
 )
-def test_the_device_keeps_what_the_host_keeps(wanted: Wanted) -> None:
+def test_the_device_keeps_what_the_host_keeps(columns: Columns) -> None:
     rng = np.random.default_rng(0)
     logits = rng.integers(0, 4, (64, 40)).astype(np.float32)  # full of ties
     vectors = rng.normal(0, 1, (64, 16)).astype(np.float32)
     logits[3, 5], logits[4, 6], vectors[5, 7], vectors[6, 8] = np.nan, np.inf, -np.inf, 1e5
-    on_host = results_of(logits, vectors, wanted)
-    on_device = Results(*(t.numpy() for t in results_on_device(torch.tensor(logits), torch.tensor(vectors), wanted)))
+    on_host = results_of(logits, vectors, columns)
+    on_device = Results(*(t.numpy() for t in results_on_device(torch.tensor(logits), torch.tensor(vectors), columns)))
     assert [a.dtype for a in on_device] == [a.dtype for a in on_host]
     assert [a.shape for a in on_device] == [a.shape for a in on_host]
-    lost = {3, 4, *({5} if wanted.embedding_dtype else {}), *({6} if wanted.embedding_dtype == "float16" else {})}
+    lost = {3, 4, *({5} if columns.embedding_dtype else {}), *({6} if columns.embedding_dtype == "float16" else {})}
     assert set(np.flatnonzero(~on_host.is_finite)) == set(np.flatnonzero(~on_device.is_finite)) == lost
     kept = on_host.is_finite
     np.testing.assert_array_equal(on_device.ids[kept], on_host.ids[kept])

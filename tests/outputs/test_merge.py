@@ -180,8 +180,8 @@ def test_the_schema_is_exactly_the_documented_one(dataset: Dataset, columns: Col
         ("key", pa.string()),
         ("shard", pa.string()),
         ("index", pa.int64()),
-        *(labels if columns.predictions else []),
-        *([("embedding", pa.list_(vector, 4))] if columns.embeddings else []),
+        *(labels if columns.top_k else []),
+        *([("embedding", pa.list_(vector, 4))] if columns.embedding_dtype else []),
         ("width", pa.int32()),
         ("height", pa.int32()),
     ]
@@ -231,7 +231,7 @@ PEAK = """
     from pipeline.rows import Columns
     from tests.support.pieces import commit, new_dataset, piece
 
-    columns = Columns(False, True, "float16", 512)
+    columns = Columns(0, "float16", 512)
     rows, count = 1024, int(sys.argv[2])
 
     class Pieces:  # made when they are fetched, as Ray reads them from its store

@@ -18,8 +18,8 @@ from tests.support.pieces import commit, embeddings, new_dataset, piece
 
 DIM = 8
 COLUMNS = {
-    "float16": Columns(predictions=True, embeddings=True, embedding_dtype="float16", embedding_dim=DIM),
-    "float32": Columns(predictions=True, embeddings=True, embedding_dtype="float32", embedding_dim=DIM),
+    "float16": Columns(top_k=2, embedding_dtype="float16", embedding_dim=DIM),
+    "float32": Columns(top_k=2, embedding_dtype="float32", embedding_dim=DIM),
 }
 GOOD = [0, 2, 3]  # the indices of each shard that have a prediction; 1 is an error row
 

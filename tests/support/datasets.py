@@ -16,14 +16,14 @@ from pipeline.config import JobConfig, make_config
 from pipeline.inputs.shards import current_fingerprint, discover
 from pipeline.inputs.stream import pixel_blocks, read_rows
 from pipeline.model.predictor import PredictorSettings, ResNetPredictor
-from pipeline.model.spec import make_spec
+from pipeline.model.spec import make_spec, result_columns
 from pipeline.model.zoo import resolve
 from pipeline.outputs.commit import CommitContext, CommitTask, commit_shard
 from pipeline.outputs.dataset import Dataset, make_identity
 from pipeline.outputs.ledger import Mark, commit_hash
 from pipeline.outputs.schema import Footer, write_parquet
 from pipeline.planning import Plan, Task
-from pipeline.rows import Columns, Kind
+from pipeline.rows import Kind
 from pipeline.running import new_report
 from pipeline.storage import Store, with_absolute_urls
 
@@ -35,9 +35,8 @@ def commit_all(config: Mapping[str, Any] | JobConfig, run_id: str | None = None)
     dataset = Dataset(job.output.url, Store(job.output_storage))
     spec = make_spec(job)
     info = resolve(spec)
-    output = job.output
-    columns = Columns(output.predictions, output.embeddings, output.embedding_dtype, info.embedding_dim)
-    predictor = ResNetPredictor(spec, info, PredictorSettings("eager", "cpu", 16, output.top_k, columns))
+    columns = result_columns(job.output, info)
+    predictor = ResNetPredictor(spec, info, PredictorSettings("eager", "cpu", 16, columns))
     identity = make_identity(
         spec.identity, spec.fingerprint, list(info.classes) if info.classes is not None else None, info.num_classes
     )

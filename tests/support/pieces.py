@@ -14,9 +14,9 @@ from pipeline.outputs.dataset import Dataset, Identity, make_identity
 from pipeline.rows import Columns, Kind
 from pipeline.storage import Store
 
-BOTH = Columns(predictions=True, embeddings=True, embedding_dtype="float16", embedding_dim=4)
-LABELS = Columns(predictions=True, embeddings=False, embedding_dtype="float16", embedding_dim=4)
-VECTORS = Columns(predictions=False, embeddings=True, embedding_dtype="float32", embedding_dim=4)
+BOTH = Columns(top_k=2, embedding_dtype="float16", embedding_dim=4)
+LABELS = Columns(top_k=2, embedding_dtype=None, embedding_dim=4)
+VECTORS = Columns(top_k=0, embedding_dtype="float32", embedding_dim=4)
 IDENTITY = make_identity({"name": "resnet18", "weights": "IMAGENET1K_V1"}, "0123456789abcdef", ["cat", "dog"], 2)
 
 
@@ -39,9 +39,9 @@ def piece(
         "width": pa.array(np.full(len(index), 640, np.int32), mask=failed),
         "height": pa.array(np.full(len(index), 480, np.int32), mask=failed),
     }
-    if columns.predictions:
+    if columns.top_k:
         values |= _predictions(index + salt, failed)
-    if columns.embeddings:
+    if columns.embedding_dtype:
         values["embedding"] = _embedding(index + salt, failed, columns)
     return pa.table(values).cast(columns.pieces())
 
