@@ -74,8 +74,8 @@ def _results(rows: list[Row], config: JobConfig, spec: ModelSpec) -> pa.Table:
     """Identity, results, and `error` and `message` where there is no result; sorted by shard and index."""
     device = "cpu" if spec.is_noop else _device(config.runtime.device)
     batch_size = max(size for size in BATCH_SIZES if size == 1 or size * BATCHES[device] <= len(rows))
-    wanted = _Wanted(spec.fingerprint, config.output.top_k, spec, config.output)
-    predictor = _predictor(wanted, config.runtime.engine, device, batch_size, config.input.max_pixels)
+    model = _Model(spec.fingerprint, config.output.top_k, spec, config.output)
+    predictor = _predictor(model, config.runtime.engine, device, batch_size, config.input.max_pixels)
     blocks = pixel_blocks(rows, spec.transform, config.input, batch_size * BATCHES_PER_BLOCK)
     schema = predictor.columns.pieces()
     table = pa.concat_tables([schema.empty_table(), *(predictor(block) for block in blocks)])
@@ -95,7 +95,7 @@ def _device(requested: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _Model:
     """A model and the columns that it is to fill. As a cache's key its fingerprint says it all, but for classes that
     are asked for besides those of the columns."""
 
@@ -106,13 +106,13 @@ class _Wanted:
 
 
 @lru_cache(maxsize=len(BATCH_SIZES))
-def _predictor(wanted: _Wanted, engine: str, device: str, batch_size: int, max_pixels: int) -> ResNetPredictor:
+def _predictor(model: _Model, engine: str, device: str, batch_size: int, max_pixels: int) -> ResNetPredictor:
     """Loading a network takes seconds, and a notebook calls again and again."""
     from pipeline.model.predictor import PredictorSettings, ResNetPredictor
 
-    spec = wanted.spec
+    spec = model.spec
     info = resolve(spec)
-    columns = result_columns(wanted.output, info)
+    columns = result_columns(model.output, info)
     engine = find_engine(engine, device, spec)
     settings = PredictorSettings(engine, device, batch_size, columns)
     return ResNetPredictor(spec, info, settings, decode=device_decoder(spec.transform, max_pixels, device))

@@ -20,8 +20,8 @@ import pyarrow as pa
 
 from pipeline.config import Transform
 from pipeline.errors import ConfigError, Reject, clean
-from pipeline.inputs.images import Pixels, decode, turn_of
-from pipeline.inputs.resizing import Array, Turn, axes
+from pipeline.inputs.images import Pixels, decode, orientation_of
+from pipeline.inputs.resizing import Array, Orientation, axes
 from pipeline.inputs.stream import pixels_table
 from pipeline.rows import Kind, Row
 
@@ -103,7 +103,7 @@ class DeviceDecoder:
         encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in images]
         with torch.inference_mode(), _own_stream(self.device):
             pictures = [
-                _upright(picture, turn_of(data))
+                _upright(picture, orientation_of(data))
                 for picture, data in zip(
                     decode_jpeg(encoded, ImageReadMode.RGB, device=self.device), images, strict=True
                 )
@@ -153,10 +153,10 @@ def _parts(sizes: np.ndarray) -> Iterator[slice]:
     yield slice(start, len(sizes))
 
 
-def _upright(picture: Tensor, turn: Turn) -> Tensor:
+def _upright(picture: Tensor, orientation: Orientation) -> Tensor:
     """uint8 (3, H, W), as the camera was held."""
-    picture = picture.transpose(1, 2) if turn.swap else picture
-    mirrored = [axis for axis, mirror in ((1, turn.mirror_y), (2, turn.mirror_x)) if mirror]
+    picture = picture.transpose(1, 2) if orientation.swap else picture
+    mirrored = [axis for axis, mirror in ((1, orientation.mirror_y), (2, orientation.mirror_x)) if mirror]
     return picture.flip(mirrored) if mirrored else picture
 
 

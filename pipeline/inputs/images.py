@@ -46,7 +46,17 @@ from pipeline.inputs.guards import (
     check_values,
     rejected,
 )
-from pipeline.inputs.resizing import TURNS, UPRIGHT, Array, Stored, Turn, axes, one_step, resized_size, two_steps
+from pipeline.inputs.resizing import (
+    ORIENTATIONS,
+    UPRIGHT,
+    Array,
+    Orientation,
+    Stored,
+    axes,
+    one_step,
+    resized_size,
+    two_steps,
+)
 
 # Naming the formats keeps Ghostscript (EPS) and rarely used parsers away from untrusted bytes.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
@@ -118,13 +128,13 @@ def encoded(data: bytes, transform: Transform, max_pixels: int) -> Pixels | None
         return None
     if not data.rstrip(b"\0").endswith(b"\xff\xd9"):
         return None
-    width, height = reversed(image.size) if _turn(image).swap else image.size
+    width, height = reversed(image.size) if _orientation(image).swap else image.size
     return Pixels(np.frombuffer(data, np.uint8).reshape(-1, 1), width, height)
 
 
-def turn_of(data: bytes) -> Turn:
+def orientation_of(data: bytes) -> Orientation:
     """How a file that `encoded` has let pass is turned upright."""
-    return _turn(_open(data))
+    return _orientation(_open(data))
 
 
 def _checked(data: bytes, transform: Transform, max_pixels: int) -> ImageFile.ImageFile:
@@ -183,7 +193,7 @@ def _read(data: bytes, image: ImageFile.ImageFile) -> Stored:
         raise
     except Exception as cause:  # as in _open
         raise _verdict(cause, data) from cause
-    return Stored(array, array.shape[1], array.shape[0], _turn(image))
+    return Stored(array, array.shape[1], array.shape[0], _orientation(image))
 
 
 def _rgb(image: ImageFile.ImageFile) -> Array:
@@ -205,13 +215,13 @@ def eight_bits(image: Image.Image) -> Array:
     return grey
 
 
-def _turn(image: ImageFile.ImageFile) -> Turn:
+def _orientation(image: ImageFile.ImageFile) -> Orientation:
     """How EXIF or XMP says that the picture was held. Call it before reading a JPEG or after `load`."""
     try:
         check_values(image.info.get("exif", b""))
         if len(image.info.get("Raw profile type exif", "")) > MAX_EXIF_TEXT:
             return UPRIGHT
-        return TURNS.get(image.getexif().get(0x0112), UPRIGHT)
+        return ORIENTATIONS.get(image.getexif().get(0x0112), UPRIGHT)
     except Exception:  # noqa: BLE001 - broken metadata says nothing about the pixels, which are fine
         return UPRIGHT
 
@@ -230,7 +240,7 @@ def _read_jpeg(data: bytes, image: ImageFile.ImageFile, resize: int | None) -> S
     except Exception:  # noqa: BLE001 - nothing is lost: Pillow reads it, or gives the reason why not
         return None
     assert array.shape == (rows, columns, 3), f"asked for 1/{shrink} of {image.size}, got {array.shape}"
-    return Stored(array, width, height, _turn(image), shrink)
+    return Stored(array, width, height, _orientation(image), shrink)
 
 
 def _shrink(size: tuple[int, int], resized: tuple[int, int]) -> int:

@@ -34,7 +34,7 @@ _RUST_FILTERS = {"bilinear": "bilinear", "bicubic": "catmull_rom", "lanczos": "l
 _RESIZER: Any = rust.Resizer() if rust else None
 
 
-class Turn(NamedTuple):
+class Orientation(NamedTuple):
     """An EXIF orientation: transpose the stored pixels, then mirror the axes that result."""
 
     swap: bool
@@ -42,15 +42,15 @@ class Turn(NamedTuple):
     mirror_y: bool
 
 
-UPRIGHT = Turn(False, False, False)
-TURNS: dict[Any, Turn] = {
-    2: Turn(False, True, False),
-    3: Turn(False, True, True),
-    4: Turn(False, False, True),
-    5: Turn(True, False, False),
-    6: Turn(True, True, False),
-    7: Turn(True, True, True),
-    8: Turn(True, False, True),
+UPRIGHT = Orientation(False, False, False)
+ORIENTATIONS: dict[Any, Orientation] = {
+    2: Orientation(False, True, False),
+    3: Orientation(False, True, True),
+    4: Orientation(False, False, True),
+    5: Orientation(True, False, False),
+    6: Orientation(True, True, False),
+    7: Orientation(True, True, True),
+    8: Orientation(True, False, True),
 }
 
 
@@ -64,12 +64,12 @@ class Stored(NamedTuple):
     array: Array
     width: int
     height: int
-    turn: Turn = UPRIGHT
+    orientation: Orientation = UPRIGHT
     shrink: int = 1
 
     @property
     def upright_size(self) -> tuple[int, int]:
-        return (self.height, self.width) if self.turn.swap else (self.width, self.height)
+        return (self.height, self.width) if self.orientation.swap else (self.width, self.height)
 
 
 class Axis(NamedTuple):
@@ -123,15 +123,15 @@ def _axis(length: int, resized: int, crop: int | None) -> Axis:
     return Axis(length, resized, start, start + crop)
 
 
-def _upright(array: Array, turn: Turn) -> Array:
+def _upright(array: Array, orientation: Orientation) -> Array:
     """A view."""
-    if turn.swap:
+    if orientation.swap:
         array = array.transpose(1, 0, 2)
-    return array[:: -1 if turn.mirror_y else 1, :: -1 if turn.mirror_x else 1]
+    return array[:: -1 if orientation.mirror_y else 1, :: -1 if orientation.mirror_x else 1]
 
 
 def two_steps(stored: Stored, x: Axis, y: Axis, interpolation: str) -> Array:
-    image = Image.fromarray(np.ascontiguousarray(_upright(stored.array, stored.turn)))
+    image = Image.fromarray(np.ascontiguousarray(_upright(stored.array, stored.orientation)))
     if image.size != (x.resized, y.resized):
         image = image.resize((x.resized, y.resized), _FILTERS[interpolation])
     return np.asarray(image)[y.start : y.stop, x.start : x.stop]
@@ -139,10 +139,10 @@ def two_steps(stored: Stored, x: Axis, y: Axis, interpolation: str) -> Array:
 
 def one_step(stored: Stored, x: Axis, y: Axis, interpolation: str) -> Array:
     """Resize the part of the stored pixels that the crop keeps, then turn it."""
-    turn = stored.turn
-    across = x.mirrored() if turn.mirror_x else x
-    down = y.mirrored() if turn.mirror_y else y
-    if turn.swap:
+    orientation = stored.orientation
+    across = x.mirrored() if orientation.mirror_x else x
+    down = y.mirrored() if orientation.mirror_y else y
+    if orientation.swap:
         across, down = down, across
     if (across.resized, down.resized) == (stored.width, stored.height):
         kept = stored.array[down.start : down.stop, across.start : across.stop]
@@ -152,9 +152,9 @@ def one_step(stored: Stored, x: Axis, y: Axis, interpolation: str) -> Array:
             across.side(stored.width / stored.shrink),
             down.side(stored.height / stored.shrink),
             interpolation,
-            _goes_across_first(x, y) != turn.swap,
+            _goes_across_first(x, y) != orientation.swap,
         )
-    return _upright(kept, turn)
+    return _upright(kept, orientation)
 
 
 def _goes_across_first(x: Axis, y: Axis) -> bool:

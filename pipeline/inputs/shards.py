@@ -36,7 +36,7 @@ from pipeline.storage import (
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["webdataset", "parquet", "files"]
+ShardKind = Literal["webdataset", "parquet", "files"]
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 PARQUET_SUFFIXES = (".parquet", ".pq")
@@ -45,7 +45,7 @@ IMAGE_SUFFIXES = (
     # Not read, but images all the same: they become error rows instead of being passed over in silence.
     *(".heic", ".heif", ".jxl", ".jp2", ".ppm", ".pgm", ".pbm"),
 )
-SUFFIXES: dict[Kind, tuple[str, ...]] = {
+SUFFIXES: dict[ShardKind, tuple[str, ...]] = {
     "webdataset": TAR_SUFFIXES,
     "parquet": PARQUET_SUFFIXES,
     "files": IMAGE_SUFFIXES,
@@ -60,7 +60,7 @@ class Shard:
 
     url: str
     id: str
-    kind: Kind
+    kind: ShardKind
     fingerprint: str
     size: int  # bytes
     version: str = ""
@@ -264,7 +264,7 @@ def _folder(url: str) -> str:
     return f"{protocol}://{path.rstrip('/')}"
 
 
-def _kind(listing: _Listing, file: FileInfo, wanted: Kind | Literal["auto"]) -> Kind | None:
+def _kind(listing: _Listing, file: FileInfo, wanted: ShardKind | Literal["auto"]) -> ShardKind | None:
     """How to read a file; None if it is not input.
 
     What a URL names or matches is read in the format that the config demands, whatever its suffix; below a folder

@@ -17,8 +17,8 @@ from pipeline.errors import ConfigError
 from pipeline.model.spec import ModelInfo, ModelSpec
 from pipeline.model.zoo import share_cores
 
-Pixels = npt.NDArray[np.uint8]  # (B, H, W, 3)
-Rows = npt.NDArray[np.float32]  # (B, C) logits or (B, D) embeddings
+PixelBatch = npt.NDArray[np.uint8]  # (B, H, W, 3)
+Outputs = npt.NDArray[np.float32]  # (B, C) logits or (B, D) embeddings
 
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Engine(Protocol):
     def streams(self) -> int:
         """How many calls at once, each in a thread of its own, keep all cores or the device busy. More may come."""
 
-    def __call__(self, pixels: Pixels) -> tuple[Rows, Rows]: ...
+    def __call__(self, pixels: PixelBatch) -> tuple[Outputs, Outputs]: ...
 
 
 def choose_engine(requested: str, device: str, precision: Precision) -> str:
@@ -135,7 +135,7 @@ class Noop:
     def __init__(self, info: ModelInfo) -> None:
         self.info = info
 
-    def __call__(self, pixels: Pixels) -> tuple[Rows, Rows]:
+    def __call__(self, pixels: PixelBatch) -> tuple[Outputs, Outputs]:
         shapes = (self.info.num_classes, self.info.embedding_dim)
         logits, embeddings = (np.zeros((len(pixels), width), np.float32) for width in shapes)
         return logits, embeddings

@@ -25,7 +25,7 @@ import numpy as np
 
 from pipeline.errors import ConfigError, WeightsError, clean, redact
 from pipeline.model.cache import cache_directory, fetch, lock, new_folder
-from pipeline.model.engines import Pixels, Rows, Unconvertible, num_cores
+from pipeline.model.engines import Outputs, PixelBatch, Unconvertible, num_cores
 from pipeline.model.spec import ModelSpec, Quantised
 from pipeline.model.zoo import build, cache_key
 
@@ -53,7 +53,7 @@ class OpenVinoEngine:
         for _ in range(self.streams):
             self._idle.put(network.create_infer_request())
 
-    def __call__(self, pixels: Pixels) -> tuple[Rows, Rows]:
+    def __call__(self, pixels: PixelBatch) -> tuple[Outputs, Outputs]:
         request = self._idle.get()
         try:
             with BINDING:
@@ -270,7 +270,7 @@ def _check_agreement(network: Network, model: Any, spec: ModelSpec) -> None:
             raise Unconvertible(differs)
 
 
-def _examples(side: int, is_fixed: bool) -> Iterator[Pixels]:
+def _examples(side: int, is_fixed: bool) -> Iterator[PixelBatch]:
     """Batches uint8 (3 or 1, H, W, 3) of another kind than the two black images of `side` pixels that are traced:
     what a network makes of how many they are, of how bright or of what size would be frozen. The first is of that
     size."""
@@ -283,5 +283,5 @@ def _examples(side: int, is_fixed: bool) -> Iterator[Pixels]:
             yield np.ascontiguousarray(noise[:, :height, :width])
 
 
-def _agree(found: Rows, wanted: Rows) -> bool:
+def _agree(found: Outputs, wanted: Outputs) -> bool:
     return found.shape == wanted.shape and bool(np.abs(found - wanted).max() <= TOLERANCE * np.abs(wanted).max())

@@ -14,13 +14,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.model.engines import Engine, Pixels, Rows
+from pipeline.model.engines import Engine, Outputs, PixelBatch
 from pipeline.rows import Columns
 
 CALLS = 2  # at once: one call's batches keep the device busy while the other's results become a table
 
 # Row numbers (N,) within a block, and the pixels of these rows first; what is left of the B images is padding.
-Batch = tuple[npt.NDArray[np.int64], Pixels]
+Batch = tuple[npt.NDArray[np.int64], PixelBatch]
 
 
 class Results(NamedTuple):
@@ -62,9 +62,11 @@ class OnHost:
             is_over.set()
             wait([share for share in shares if not share.cancel()])
 
-    def _outputs(self, left: Iterator[Batch], is_over: Event) -> list[tuple[npt.NDArray[np.int64], tuple[Rows, Rows]]]:
+    def _outputs(
+        self, left: Iterator[Batch], is_over: Event
+    ) -> list[tuple[npt.NDArray[np.int64], tuple[Outputs, Outputs]]]:
         """Of one stream: what it takes of the batches that are left."""
-        done: list[tuple[npt.NDArray[np.int64], tuple[Rows, Rows]]] = []
+        done: list[tuple[npt.NDArray[np.int64], tuple[Outputs, Outputs]]] = []
         try:
             while not is_over.is_set():
                 with self._drawing:
@@ -92,7 +94,7 @@ def connect(engine: Engine, device: str, columns: Columns, thread: Executor) -> 
     return OnDevice(partial(engine.results, columns=columns), Cuda(), thread)
 
 
-def results_of(logits: Rows, embeddings: Rows, columns: Columns) -> Results:
+def results_of(logits: Outputs, embeddings: Outputs, columns: Columns) -> Results:
     """Logits float32 (N, C) and embeddings float32 (N, D) to what is stored of them."""
     is_finite = np.asarray(np.isfinite(logits).all(axis=1))
     scores, ids = logits[:, :0], np.empty((len(logits), 0), np.int32)
@@ -108,14 +110,14 @@ def results_of(logits: Rows, embeddings: Rows, columns: Columns) -> Results:
     return Results(scores, ids, stored, is_finite)
 
 
-def softmax(logits: Rows) -> Rows:
+def softmax(logits: Outputs) -> Outputs:
     """float32 (N, C) to float32 (N, C), rows summing to 1."""
     with np.errstate(invalid="ignore", over="ignore"):  # rows that are not finite become error rows
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
         return np.asarray(powers / powers.sum(axis=1, keepdims=True), np.float32)
 
 
-def top_ids(scores: Rows, k: int) -> npt.NDArray[np.int32]:
+def top_ids(scores: Outputs, k: int) -> npt.NDArray[np.int32]:
     """int32 (N, min(k, C)): the ids of the highest scores, descending, ties to the lower id."""
     num_classes = scores.shape[1]
     k = min(k, num_classes)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pipeline.config import digest
 from pipeline.errors import ConfigError, clean
 from pipeline.model.cache import cache_directory, lock
-from pipeline.model.engines import OutOfMemory, Pixels, Rows, num_cores
+from pipeline.model.engines import OutOfMemory, Outputs, PixelBatch, num_cores
 from pipeline.model.network import Network
 from pipeline.model.spec import ModelSpec
 from pipeline.model.zoo import build, cache_key
@@ -51,7 +51,7 @@ class TorchEngine:
         self.forward, self.device, self.dtype = forward, device, dtype
         self._staged = torch.empty(0)
 
-    def __call__(self, pixels: Pixels) -> tuple[Rows, Rows]:
+    def __call__(self, pixels: PixelBatch) -> tuple[Outputs, Outputs]:
         with memory_errors():
             logits, embeddings = self._compute(self._stage(pixels).to(self.device))
             return logits[: len(pixels)].cpu().numpy(), embeddings[: len(pixels)].cpu().numpy()
@@ -66,7 +66,7 @@ class TorchEngine:
         with torch.inference_mode(), autocast:
             return self.forward(pixels)
 
-    def _stage(self, pixels: Pixels) -> Tensor:
+    def _stage(self, pixels: PixelBatch) -> Tensor:
         """The pixels in memory of our own, which torch may write to, filled up with black images."""
         rows = len(pixels) if len(pixels) <= ROWS // 2 else -(-len(pixels) // ROWS) * ROWS
         shape = (rows, *pixels.shape[1:])

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.model.engines import Pixels
+from pipeline.model.engines import PixelBatch
 from pipeline.model.results import CALLS, Batch, Results
 from pipeline.model.torch_engine import memory_errors
 
@@ -111,7 +111,7 @@ class Slot:
             pixels = self._device.on_device(shape, torch.uint8)  # it may raise, and both are of one shape
             self._pixels_on_host, self._pixels = self._device.on_host(shape, torch.uint8), pixels
 
-    def fill(self, pixels: Pixels) -> None:
+    def fill(self, pixels: PixelBatch) -> None:
         self._pixels_on_host.numpy()[:] = pixels
 
     def enqueue(self, compute: Callable[[Tensor], Sequence[Tensor]]) -> None:
@@ -163,7 +163,7 @@ class OnDevice:
         finally:  # also if batches are still under way: a slot is waited for before it is used again
             self._free.put(slots)
 
-    def _put(self, pixels: Pixels, slot: Slot) -> None:
+    def _put(self, pixels: PixelBatch, slot: Slot) -> None:
         slot.wait()
         self._thread.submit(slot.allocate, pixels.shape).result()
         slot.fill(pixels)
