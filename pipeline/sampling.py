@@ -7,7 +7,7 @@ import logging
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -152,12 +152,8 @@ def _read_and_decode(shards: Sequence[Shard], job: Job, images: int, max_bytes: 
     """The first images of these shards, about as many of each; of the first shard more are read, to count them. None is
     decoded any more once the pixels exceed `max_bytes`."""
     notes = _Kept()
-    guard = Guard(notes, "sample")
-    store = Store(job.config.input_storage)
-    sizes: list[float] = []
-    read: list[int] = []
-    wanted = images / len(shards)
-    kinds = pa.array([Kind.SAMPLE, Kind.ENCODED], pa.uint8())
+    guard, store = Guard(notes, "sample"), Store(job.config.input_storage)
+    counts: list[tuple[int, float]] = []
     samples: list[pa.Table] = []
 
     def is_full() -> bool:
@@ -168,23 +164,36 @@ def _read_and_decode(shards: Sequence[Shard], job: Job, images: int, max_bytes: 
         for number, shard in enumerate(shards):
             if is_full():
                 return
-            lengths: list[int] = []
-            for row in read_rows(number, shard, job.config.input, store, guard):
-                if row.kind is Kind.SAMPLE:
-                    lengths.append(len(row.data or b""))
-                    if len(lengths) <= wanted and not is_full():
-                        yield row
-                if (len(lengths) >= wanted or is_full()) and (number or sum(lengths) >= COUNTED_BYTES):
-                    break
-            is_whole = row.kind is Kind.END
-            extra = MEMBER_BYTES * len(lengths) if shard.kind == "webdataset" else 0
-            sizes.append(shard.size if is_whole else sum(lengths) + extra)
-            read.append(len(lengths))
+            found = read_rows(number, shard, job.config.input, store, guard)
+            min_bytes = 0 if number else COUNTED_BYTES
+            counts.append((yield from _first_images(found, shard, images / len(shards), min_bytes, is_full)))
 
+    kinds = pa.array([Kind.SAMPLE, Kind.ENCODED], pa.uint8())
     for found in guard.watch(pixel_blocks(rows(), job.spec.transform, job.config.input, images, guard)):
         samples.append(found.filter(pc.is_in(found["kind"], kinds)))
     block = pa.concat_tables(samples) if samples else PIXELS.empty_table()
-    return Decoded(block.num_rows, sum(read), sum(sizes), notes.spent, block)
+    read, num_bytes = sum(count for count, _ in counts), sum(size for _, size in counts)
+    return Decoded(block.num_rows, read, num_bytes, notes.spent, block)
+
+
+def _first_images(
+    rows: Iterator[Row], shard: Shard, wanted: float, min_bytes: int, is_full: Callable[[], bool]
+) -> Generator[Row, None, tuple[int, float]]:
+    """The first images of a shard, up to as many as are wanted and while it is not full. Reads on until it has read
+    `min_bytes`. Returns how many it read, and the bytes of the shard for these: an estimate where it has not come to
+    the end."""
+    lengths: list[int] = []
+    for row in rows:
+        if row.kind is Kind.END:
+            return len(lengths), shard.size
+        if row.kind is Kind.SAMPLE:
+            lengths.append(len(row.data or b""))
+            if len(lengths) <= wanted and not is_full():
+                yield row
+        if (len(lengths) >= wanted or is_full()) and sum(lengths) >= min_bytes:
+            break
+    headers = MEMBER_BYTES * len(lengths) if shard.kind == "webdataset" else 0
+    return len(lengths), sum(lengths) + headers
 
 
 def _predict(blocks: list[pa.Table], job: Job) -> tuple[float, float, float]:
