@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
+from importlib import import_module
 
 from pipeline.cluster import Cluster, connected, terminable
 from pipeline.config import JobConfig
@@ -107,12 +108,12 @@ def _with_absolute_files(config: JobConfig, spec: ModelSpec) -> JobConfig:
 def _execute(
     plan: Plan, config: JobConfig, spec: ModelSpec, dataset: Dataset, cluster: Cluster, report: RunReport
 ) -> None:
-    from pipeline.preparation import begin_preparing
+    from pipeline.preparation import prepare
 
-    preparing = begin_preparing(config, spec, cluster, [task.shard for task in plan.tasks])
-    from pipeline import driver, flow  # Ray Data is imported while a worker settles what it is asked
+    import_ray_data = partial(import_module, "pipeline.flow")  # while a worker settles what it is asked
+    job = prepare(config, spec, cluster, [task.shard for task in plan.tasks], meanwhile=import_ray_data)
+    from pipeline import driver, flow
 
-    job = preparing()
     spec, settings = job.spec, job.settings
     report.model_fingerprint = spec.fingerprint
     report.engine, report.device, report.batch_size = settings.engine, settings.device, settings.batch_size
