@@ -198,7 +198,7 @@ def test_a_terminal_gets_a_bar_that_moves():
         bar.progress.refresh()
         full = drawn(console)
     assert "starting · 4 shards to do" in empty
-    assert re.search(r"3/4 shards · 3,600 images · [\d,]+ images/s · 3 errors +0:0\d left", full), full
+    assert re.search(r"3/4 shards · 3,600 images · [\d,]+ images/s · 3 errors · 0:0\d left", full), full
     bars = [line.count("━") for line in full.splitlines() if "shards" in line]
     assert bars[-1] == 30, "three quarters of 40"
 
