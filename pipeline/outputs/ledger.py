@@ -73,6 +73,9 @@ class Standing:
         return mark.fingerprint if mark else None
 
 
+NOTHING = Standing()
+
+
 def commit_hash(part: str, errors: str | None) -> str:
     """What a mark vouches for: the versions of a part and of an errors part, or that there is none."""
     return digest([part, errors])
@@ -91,7 +94,7 @@ class Standings(Mapping[str, Standing]):
         # In an order, since listings have none: what is shown here is compared with what stands later.
         marks = tuple(Mark(shard_id, *mark.split(".")) for mark in sorted(found.split("/"))) if found else ()
         standing = Standing(marks, self._parts.get(shard_id), self._errors.get(shard_id))
-        if standing == Standing():
+        if standing == NOTHING:
             raise KeyError(shard_id)
         return standing
 
