@@ -18,7 +18,6 @@ import itertools
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -32,9 +31,7 @@ from pipeline.model.spec import ModelSpec, make_spec
 from pipeline.outputs.dataset import Dataset
 from pipeline.outputs.ledger import NOTHING, Standing
 from pipeline.outputs.schema import Footer
-from pipeline.storage import Store, is_local, local_path
-
-PARTS_AT_ONCE = 16  # that are read, or files that are looked for
+from pipeline.storage import Store, is_local, local_path, side_by_side
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +150,7 @@ def refuse_a_selection(plan: Plan, config: JobConfig) -> None:
             return True
         return False
 
-    with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
-        there = [url for url, found in zip(plan.unlisted, pool.map(is_there, plan.unlisted), strict=True) if found]
+    there = [url for url, found in zip(plan.unlisted, side_by_side(is_there, plan.unlisted), strict=True) if found]
     if there:
         raise ConfigError(
             f"input.url: {redact(there[0])} is there but not in this input, and {config.output.url} holds its row in a"
@@ -171,9 +167,8 @@ def _with_errors(
     candidates = [name for name in done if standing[name].errors is not None]
     if len(classes) == len(ERROR_CLASSES):
         return set(candidates)
-    with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
-        found = pool.map(dataset.error_classes, candidates)
-        return {name for name, theirs in zip(candidates, found, strict=True) if not theirs.isdisjoint(classes)}
+    has_some = side_by_side(lambda name: not dataset.error_classes(name).isdisjoint(classes), candidates)
+    return set(itertools.compress(candidates, has_some))
 
 
 def _vanished_groups(
@@ -204,10 +199,12 @@ def _unlisted(
     if not roots:
         return []
     listed = {member.url for shard in shards for member in shard.members}
-    with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
-        stored = zip(roots.values(), pool.map(dataset.keys, roots), strict=True)
-        left = [sorted({f"{root}/{key}" for key in keys} - listed) for root, keys in stored]
-    return sorted({url for urls in left for url in (*urls[:1], *urls[-1:])})
+
+    def ends(group: str) -> list[str]:
+        left = sorted({f"{roots[group]}/{key}" for key in dataset.keys(group)} - listed)
+        return [*left[:1], *left[-1:]]
+
+    return sorted({url for urls in side_by_side(ends, roots) for url in urls})
 
 
 def vanished_groups(shard_id: str, footers: Iterable[Footer], roots: Iterable[str]) -> Iterator[Vanished]:

@@ -14,7 +14,7 @@ import io
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from glob import escape
@@ -53,13 +53,19 @@ from pipeline.remote import S3, Fsspec, Web, damaged
 
 __all__ = ["FileInfo", "Store", "canonical", "is_local", "join", "local_path", "split_pattern", "with_absolute_urls"]
 
-AT_ONCE = 16  # lookups under way
 SHARE_WHEN_DOWN = 0.1  # of the deadline, for a store that has let a whole one pass and has not answered since
 SKIP_BYTES = 2**20  # read at once of what nobody wants but the comparison
 ESCAPED = re.compile(r"\[([*?\[])\]")  # a character that is no wildcard, as glob.escape writes it
 T = TypeVar("T")
+R = TypeVar("R")
 
 _down: set[str] = set()  # such stores, known to this process: else each of a thousand shards would wait its two minutes
+
+
+def side_by_side(call: Callable[[T], R], items: Iterable[T], at_once: int = 16) -> list[R]:
+    """What `call` makes of each item, so many of them at a time. Where one fails, the others are cancelled."""
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(call, items))
 
 
 def join(url: str, *names: str) -> str:
@@ -166,8 +172,7 @@ class Store:
 
     def infos(self, urls: list[str]) -> list[FileInfo]:
         """`info` of many files, 16 at a time."""
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(self.info, urls))  # which cancels the others when one fails
+        return side_by_side(self.info, urls)
 
     def open(self, url: str, version: str | None = None, read_ahead: bool = True) -> BinaryIO:
         """A seekable stream. With `version`, SourceChanged unless the file still is that version.

@@ -13,7 +13,6 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,6 +29,7 @@ from pipeline.storage import (
     is_local,
     is_relative,
     local_path,
+    side_by_side,
     split_pattern,
     within,
 )
@@ -51,7 +51,6 @@ SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "files": IMAGE_SUFFIXES,
 }
 URL_LIST_SUFFIX = ".txt"
-LISTINGS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +89,7 @@ def discover(config: Input, store: Store, keep: Keep | None = None, output: str 
     found = _Found(config, keep, output)
     empty: list[str] = []
     urls = list(dict.fromkeys(_expand_lists(config.urls, store, empty)))
-    with ThreadPoolExecutor(LISTINGS_AT_ONCE) as pool:
-        empty += [said for said in pool.map(lambda url: found.take(_listing(url, store)), urls) if said]
+    empty += [said for said in side_by_side(lambda url: found.take(_listing(url, store)), urls) if said]
     if not config.allow_empty and (empty or not urls):
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
         raise ConfigError(
