@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -302,6 +302,15 @@ def config_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 keys.extend(config_keys(kind, f"{prefix}{name}."))
     return keys
+
+
+def each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """The value, of mappings and lists, with each text in it changed; keys stay."""
+    if isinstance(value, dict):
+        return {name: each_text(child, change) for name, child in value.items()}
+    if isinstance(value, list):
+        return [each_text(child, change) for child in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def digest(value: Any, length: int = 16) -> str:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.config import JobConfig
+from pipeline.config import JobConfig, each_text
 from pipeline.errors import ExitCode, redact
 
 if TYPE_CHECKING:
@@ -78,17 +78,9 @@ def public_config(config: JobConfig) -> dict[str, Any]:
         override = getattr(getattr(config, section), name)
         if override is not None:
             resolved[section][name] = override.model_dump(mode="json", exclude_unset=True)
-    shown = {name: _public(value) for name, value in resolved.items()}
+    shown: dict[str, Any] = each_text(resolved, lambda text: redact(text) if "://" in text else text)
     shown["input"]["url"] = config.input.url
     return shown
-
-
-def _public(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _public(child) for name, child in value.items()}
-    if isinstance(value, list):
-        return [_public(child) for child in value]
-    return redact(value) if isinstance(value, str) and "://" in value else value
 
 
 Clock = Callable[[], float]  # seconds
