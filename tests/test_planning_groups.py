@@ -14,8 +14,19 @@ from hypothesis import strategies as st
 from pipeline.backends import FileInfo
 from pipeline.errors import TransientError
 from pipeline.inputs.shards import Shard, group_files, relative
-from pipeline.outputs.dataset import marks_by_shard
-from pipeline.outputs.ledger import Check, Confirm, Delete, Look, Mark, Put, Standing, Standings, Wait, commit_steps
+from pipeline.outputs.ledger import (
+    Check,
+    Confirm,
+    Delete,
+    Look,
+    Mark,
+    Put,
+    Standing,
+    Standings,
+    Wait,
+    commit_steps,
+    marks_by_shard,
+)
 from pipeline.outputs.progress import Abandon, Commit, Decision, Progress, Receipt
 from pipeline.outputs.schema import Footer
 from pipeline.planning import Plan, Task, compare, vanished_groups

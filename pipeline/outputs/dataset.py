@@ -25,6 +25,7 @@ from pipeline.outputs.ledger import (
     Standing,
     Standings,
     claim_steps,
+    marks_by_shard,
     run_steps,
 )
 from pipeline.outputs.schema import FORMAT_VERSION, Footer, errors_schema
@@ -315,16 +316,6 @@ def _name(url: str) -> str:
 
 def _marks(names: Iterable[str]) -> Iterator[Mark]:
     return (mark for name in names if (mark := Mark.parse(name)) is not None)
-
-
-def marks_by_shard(marks: Iterable[Mark]) -> dict[str, str]:
-    """Shard id to `<fingerprint>.<commit>`, several joined by `/`."""
-    found: dict[str, str] = {}
-    for mark in marks:
-        text = f"{mark.fingerprint}.{mark.commit}"
-        others = found.get(mark.shard_id)
-        found[mark.shard_id] = text if others is None else f"{others}/{text}"
-    return found
 
 
 def _parts(files: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:

@@ -19,7 +19,7 @@ Whatever else is found is done again: same rows, same names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -81,12 +81,22 @@ def commit_hash(part: str, errors: str | None) -> str:
     return digest([part, errors])
 
 
+def marks_by_shard(marks: Iterable[Mark]) -> dict[str, str]:
+    """Shard id to `<fingerprint>.<commit>`, several joined by `/`."""
+    found: dict[str, str] = {}
+    for mark in marks:
+        text = f"{mark.fingerprint}.{mark.commit}"
+        others = found.get(mark.shard_id)
+        found[mark.shard_id] = text if others is None else f"{others}/{text}"
+    return found
+
+
 class Standings(Mapping[str, Standing]):
     """What stands, by shard id. There may be millions: three dictionaries of strings, and a Standing when it is asked
     for."""
 
     def __init__(self, marks: Mapping[str, str], parts: Mapping[str, str], errors: Mapping[str, str]) -> None:
-        """`marks`: see `dataset.marks_by_shard`; `parts`, `errors`: shard id to version."""
+        """`marks`: see `marks_by_shard`; `parts`, `errors`: shard id to version."""
         self._marks, self._parts, self._errors = marks, parts, errors
 
     def __getitem__(self, shard_id: str) -> Standing:

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.outputs.dataset import marks_by_shard
-from pipeline.outputs.ledger import Mark, Standing, Standings, commit_hash
+from pipeline.outputs.ledger import Mark, Standing, Standings, commit_hash, marks_by_shard
 
 HEX = st.text("0123456789abcdef", min_size=16, max_size=16)
 SHARD_IDS = st.text("abzABZ019.-", min_size=1, max_size=97).filter(lambda name: not name.startswith("."))
