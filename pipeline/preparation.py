@@ -25,9 +25,9 @@ from pipeline.witness import RayNotes, Witness, wait_for
 
 log = logging.getLogger(__name__)
 
-# Of a logical CPU. An actor waits for its device most of the time, so that every core is left for decoding.
-# Another share than a decoder's also keeps Ray from fusing decoding into the actor.
-PREDICT_CPUS = 0.02
+# Of a logical CPU, for what waits most of the time, an actor for its device or a reader for its store: so every core is
+# left for decoding. Another share than a decoder's also keeps Ray from fusing decoding into the actor.
+WAITING_CPUS = 0.02
 BLOCK_BYTES = 40 * 2**20
 MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 128, 1024
 CALIBRATION_RETRIES = 20  # five find one image that kills
@@ -66,10 +66,15 @@ class Job:
     num_gpus: float  # of each actor
 
     @property
+    def image_bytes(self) -> int:
+        """The pixels of an image; where images come in sizes of their own, those of a usual one."""
+        side = self.info.transform.crop or self.info.transform.resize or 224
+        return 3 * side * side
+
+    @property
     def rows_per_block(self) -> int:
         """Images in a block: full batches of some 40 MB in all."""
-        side = self.info.transform.crop or self.info.transform.resize or 224
-        rows = min(max(BLOCK_BYTES // (3 * side * side), MIN_BLOCK_ROWS), MAX_BLOCK_ROWS)
+        rows = min(max(BLOCK_BYTES // self.image_bytes, MIN_BLOCK_ROWS), MAX_BLOCK_ROWS)
         return max(rows // self.settings.batch_size, 1) * self.settings.batch_size
 
     @property
@@ -88,8 +93,7 @@ class Job:
 
     @property
     def block_bytes(self) -> int:
-        side = self.info.transform.crop or self.info.transform.resize or 224
-        return 3 * side * side * self.rows_per_block
+        return self.image_bytes * self.rows_per_block
 
 
 _Settled = tuple[ModelSpec, ModelInfo, PredictorSettings]
@@ -120,7 +124,7 @@ def prepare(
 def _settled_on_a_node(
     spec: ModelSpec, config: JobConfig, num_gpus: int, shards: Sequence[Shard], meanwhile: Callable[[], object]
 ) -> _Settled:
-    settle, notes = ray.remote(num_cpus=PREDICT_CPUS, num_gpus=num_gpus)(_settle), None
+    settle, notes = ray.remote(num_cpus=WAITING_CPUS, num_gpus=num_gpus)(_settle), None
     if spec.needs_calibration:  # on images, of which any may kill whoever decodes it
         settle = settle.options(max_retries=CALIBRATION_RETRIES)
         notes = RayNotes(ray.remote(num_cpus=0)(Witness).remote())

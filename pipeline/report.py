@@ -18,6 +18,7 @@ from rich.text import Text
 
 from pipeline.config import JobConfig, each_text
 from pipeline.errors import ExitCode, redact
+from pipeline.inputs.shards import printable
 
 if TYPE_CHECKING:
     from pipeline.outputs.commit import Committed
@@ -63,7 +64,7 @@ class RunReport:
 
     def to_json(self) -> str:
         """Names that are not UTF-8 stay as JSON's `\\udcff`."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False).encode(errors="backslashreplace").decode()
+        return printable(json.dumps(asdict(self), indent=1, ensure_ascii=False))
 
     def __str__(self) -> str:
         return self.message

@@ -118,10 +118,7 @@ def _execute(
     report.model_fingerprint = spec.fingerprint
     report.engine, report.device, report.batch_size = settings.engine, settings.device, settings.batch_size
     report.actors = job.num_actors
-    classes = job.info.classes
-    identity = make_identity(
-        spec.identity, spec.fingerprint, list(classes) if classes is not None else None, job.info.num_classes
-    )
+    identity = make_identity(spec.identity, spec.fingerprint, job.info.classes, job.info.num_classes)
     if not dataset.store.honours_conditions(dataset.path("_runs", report.run_id, "probe")):
         log.warning(
             "%s takes conditional writes for plain ones: two first runs with different models at once could mix."

@@ -29,7 +29,7 @@ from pipeline.model.spec import ModelSpec
 from pipeline.outputs.dataset import Dataset
 from pipeline.outputs.schema import Footer, part_schema, write_parquet
 from pipeline.planning import Plan
-from pipeline.preparation import PREDICT_CPUS, Job, decode_cpus, prepare
+from pipeline.preparation import WAITING_CPUS, Job, decode_cpus, prepare
 from pipeline.rows import PIXELS, Kind, Row
 from pipeline.storage import Store
 from pipeline.timing import Spent
@@ -179,7 +179,7 @@ def _read_and_decode(shards: Sequence[Shard], job: Job, images: int, max_bytes: 
 
 def _predict(blocks: list[pa.Table], job: Job) -> tuple[float, float, float]:
     """Seconds per image of one device, bytes of a row in a part, and seconds to load the network."""
-    predicting = ray.remote(num_cpus=PREDICT_CPUS, num_gpus=job.num_gpus)(_time_predictor)
+    predicting = ray.remote(num_cpus=WAITING_CPUS, num_gpus=job.num_gpus)(_time_predictor)
     answer: tuple[float, float, float] = wait_for(predicting.remote(blocks, job))
     return answer
 

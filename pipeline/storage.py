@@ -138,16 +138,12 @@ class Store:
         """
         return _sorted(self.each_below(url))
 
-    def glob(self, pattern: str) -> list[FileInfo]:
-        """The files that a pattern with `*`, `?`, `[…]` or `**` matches, sorted by URL."""
-        return _sorted(self.each_match(pattern))
-
     def each_below(self, url: str) -> Iterator[FileInfo]:
         """What `find` finds, in the order in which it is listed: of a million files no more is held than a page."""
         return self._files(_folder(url), "")
 
     def each_match(self, pattern: str) -> Iterator[FileInfo]:
-        """What `glob` finds, in the order in which it is listed."""
+        """The files that a pattern with `*`, `?`, `[…]` or `**` matches, in the order in which they are listed."""
         pattern = canonical(absolute(pattern))
         begin, _, first = pattern[: _wildcard_at(pattern)].rpartition("/")
         if "://" not in begin:

@@ -132,14 +132,14 @@ def test_split_pattern(url: str, expected: tuple[str, bool]) -> None:
 )
 def test_patterns_that_make_no_sense_are_refused(pattern: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        Store().glob(pattern)
+        list(Store().each_match(pattern))
 
 
 def test_patterns_may_begin_at_the_root_of_the_disk(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"")
     first = tmp_path.parts[1]
     pattern = f"/{first[:-1]}?/{tmp_path.relative_to(f'/{first}')}/x"
-    assert [info.url for info in Store().glob(pattern)] == [f"file://{tmp_path}/x"]
+    assert [info.url for info in Store().each_match(pattern)] == [f"file://{tmp_path}/x"]
 
 
 # --- Temporary files -----------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def test_what_is_half_written_is_in_no_listing(tmp_path: Path) -> None:
     with half_a_put(target) as writer:
         (temporary,) = target.parent.iterdir()
         assert list(target.parent.glob("*.parquet")) == []
-        assert store.find(str(tmp_path)) == store.glob(f"{tmp_path}/**") == []
+        assert store.find(str(tmp_path)) == list(store.each_match(f"{tmp_path}/**")) == []
         assert store.starting_with(f"{target.parent}/") == []
         with pytest.raises(NotFound):
             store.info(str(temporary))
@@ -293,7 +293,7 @@ def test_a_glob_does_not_look_deeper_than_its_pattern(tmp_path: Path, monkeypatc
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    Store().glob(f"{tmp_path}/a*/*.tar")
+    list(Store().each_match(f"{tmp_path}/a*/*.tar"))
     assert visited == [str(tmp_path), str(tmp_path / "a")]
 
 

@@ -270,7 +270,7 @@ class Dataset:
             return None
 
 
-def make_identity(model: Identity, model_fingerprint: str, classes: list[str] | None, num_classes: int) -> Identity:
+def make_identity(model: Identity, model_fingerprint: str, classes: Sequence[str] | None, num_classes: int) -> Identity:
     """The content of `_dataset.json`. `model` are the components behind the fingerprint; no run ids, no times."""
     identity: Identity = {
         "format_version": FORMAT_VERSION,
