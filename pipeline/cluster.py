@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.config import JobConfig
 from pipeline.errors import ConfigError, FatalError, clean
-from pipeline.storage import is_local
+from pipeline.urls import is_local
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,8 @@ from pipeline.inputs.shards import IMAGE_SUFFIXES, Shard
 from pipeline.outputs.dataset import Dataset, undisturbed
 from pipeline.outputs.schema import Footer
 from pipeline.overview import last_config, listed_shards
-from pipeline.storage import Store, is_local, side_by_side
+from pipeline.storage import Store, side_by_side
+from pipeline.urls import is_local
 
 MAX_NAME = 100  # characters of a key that a file name takes over
 ROW = ["index", "key", "stage", "error", "bytes_sha256"]

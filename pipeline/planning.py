@@ -31,7 +31,8 @@ from pipeline.model.spec import ModelSpec, make_spec
 from pipeline.outputs.dataset import Dataset
 from pipeline.outputs.ledger import NOTHING, Standing
 from pipeline.outputs.schema import Footer
-from pipeline.storage import Store, is_local, local_path, side_by_side
+from pipeline.storage import Store, side_by_side
+from pipeline.urls import is_local, local_path
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,8 @@ from pipeline.outputs.ledger import Mark, Standing
 from pipeline.outputs.schema import Footer, errors_schema, part_schema
 from pipeline.recomputing import recompute
 from pipeline.rows import Columns
-from pipeline.storage import canonical, is_local, local_path, side_by_side
+from pipeline.storage import side_by_side
+from pipeline.urls import canonical, is_local, local_path
 
 BATCH_ROWS = 2048
 READ_BYTES = 4 * 2**20  # per column and step, whatever the size of a row group

@@ -18,7 +18,8 @@ import pytest
 from pipeline import remote
 from pipeline.config import Storage
 from pipeline.errors import AccessDenied, ConfigError, NotFound, OutcomeUnknown, SourceChanged, StoreUnavailable
-from pipeline.storage import Store, join
+from pipeline.storage import Store
+from pipeline.urls import join
 from tests.support.s3 import Identity, S3Server, free_ports, s3_server
 
 QUICK = {"connect_timeout_s": 0.5, "read_timeout_s": 0.5, "deadline_s": 1.0}

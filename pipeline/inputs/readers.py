@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from pipeline.backends import FileInfo
 from pipeline.config import Input
 from pipeline.errors import NotFound, Reject, SourceChanged
 from pipeline.inputs import samples
@@ -17,7 +18,8 @@ from pipeline.inputs.parquet import read_parquet
 from pipeline.inputs.samples import Content, Items, Sample, too_large
 from pipeline.inputs.shards import Shard, printable, relative
 from pipeline.inputs.tars import read_tar
-from pipeline.storage import FileInfo, Store, is_local
+from pipeline.storage import Store
+from pipeline.urls import is_local
 
 FILES_AHEAD = 16
 

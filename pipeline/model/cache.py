@@ -17,7 +17,6 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from pipeline.backends import expanded
 from pipeline.config import Storage, digest
 from pipeline.errors import (
     AccessDenied,
@@ -30,6 +29,7 @@ from pipeline.errors import (
     translate,
 )
 from pipeline.storage import Store
+from pipeline.urls import expanded
 
 CHUNK = 8 * 2**20  # bytes
 MAX_WEIGHTS_BYTES = 16 * 2**30  # more than any network needs; a server could go on sending for ever

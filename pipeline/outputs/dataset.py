@@ -29,7 +29,8 @@ from pipeline.outputs.ledger import (
     run_steps,
 )
 from pipeline.outputs.schema import FORMAT_VERSION, Footer, errors_schema
-from pipeline.storage import Store, canonical, join, side_by_side
+from pipeline.storage import Store, side_by_side
+from pipeline.urls import canonical, join
 
 PARQUET = ".parquet"
 IDENTITY = "_dataset.json"
