@@ -227,7 +227,7 @@ def check_next_run(world: World, group_size: int, choice: random.Random) -> None
     assert world.plan(group_size).tasks == []
 
 
-@settings(deadline=None, max_examples=800)
+@settings(max_examples=800)
 @given(nights(), st.integers(0, 2**32), st.sampled_from([0.0, 0.05, 0.2]), st.integers(1, 2))
 def test_no_file_ever_stands_twice(
     nights: list[tuple[set[str], set[str], int]], seed: int, trouble: float, at_once: int
@@ -242,7 +242,7 @@ def test_no_file_ever_stands_twice(
     check_next_run(world, nights[-1][2], choice)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(nights(), st.integers(0, 2**32))
 def test_what_two_runs_with_two_listings_leave_is_put_right_by_the_next(
     nights: list[tuple[set[str], set[str], int]], seed: int
