@@ -15,7 +15,8 @@ import pyarrow as pa
 from pipeline.config import JobConfig, load_config, make_config
 from pipeline.error_classes import choose_classes
 from pipeline.errors import ConfigError
-from pipeline.storage import Store, with_absolute_urls
+from pipeline.storage import Store
+from pipeline.urls import with_absolute_urls
 
 if TYPE_CHECKING:
     from pipeline.error_rows import DeadLetters

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, NamedTuple, Protocol
 
 from pipeline.config import digest
-from pipeline.errors import ConfigError
+from pipeline.urls import local_path
 
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 
@@ -68,45 +68,6 @@ def deadline(seconds: float) -> Iterator[None]:
 def time_left() -> float:
     """Seconds to the deadline; infinite without one."""
     return _ends.get() - time.monotonic()
-
-
-def canonical(url: str) -> str:
-    """The one absolute URL of a file, whichever way it was written: `file:///abs/path`, `s3://bucket/key`, …
-
-    Raises ConfigError for what no worker could find: no name, `memory://`, a scheme with one slash.
-    """
-    protocol, separator, path = url.partition("://")
-    if not separator:
-        protocol, path = "file", url
-        if re.match(r"[a-z0-9]+:/", url):
-            raise ConfigError(f"{url}: a URL has two slashes after its colon, as in s3://bucket/key.")
-    if not path or (protocol != "file" and not path.strip("/")):
-        raise ConfigError(f"{url!r} names no file, folder or bucket.")
-    if protocol in ("file", "local"):
-        # Not resolve(), which would follow links; and POSIX lets a path begin with two slashes.
-        return "file:///" + os.path.abspath(expanded(path)).lstrip("/")  # noqa: PTH100
-    if protocol == "memory":
-        raise ConfigError(
-            f"{url}: memory:// lives in one process, and the workers are others. Use a folder or a bucket."
-        )
-    return f"{'s3' if protocol in ('s3a', 's3n') else protocol}://{path}"
-
-
-def expanded(path: str) -> str:
-    """A path whose `~` or `~name` is that home folder. Raises ConfigError where there is none, since a folder of that
-    name is hardly ever meant."""
-    found = os.path.expanduser(path)  # noqa: PTH111 - of `./~x` a Path makes `~x`
-    if found.startswith("~"):
-        raise ConfigError(f"{path}: there is no home folder {path.partition('/')[0]}. Where that is a name: ./{path}")
-    return found
-
-
-def is_local(url: str) -> bool:
-    return canonical(url).startswith("file://")
-
-
-def local_path(url: str) -> Path:
-    return Path(canonical(url).removeprefix("file://"))
 
 
 class Backend(Protocol):

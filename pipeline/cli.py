@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from pipeline.pruning import Pruned
 
 NOT_A_TERMINAL = 10_000  # columns: a log or a pipe gets whole lines
-SHOWN_GONE = 10  # shards; --json has all
-SHOWN_SHARDS = 20
+SHOWN_GONE, SHOWN_SHARDS = 10, 20  # --json has all
 
 app = typer.Typer(
     name="resnet-batch",
@@ -53,14 +52,8 @@ ConfigArguments = Annotated[
     ),
 ]
 OutputUrl = Annotated[str, typer.Argument(help="The dataset: a folder or s3://…", metavar="OUTPUT_URL")]
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        metavar="FILE",
-        help="Needed where the dataset is reached by a `storage` section. Taken in place of the last run's config.",
-    ),
-]
+CONFIG_HELP = "Needed where the dataset is reached by a `storage` section. Taken in place of the last run's config."
+ConfigOption = Annotated[Path | None, typer.Option("--config", metavar="FILE", help=CONFIG_HELP)]
 RetryOption = Annotated[
     list[str] | None,
     typer.Option(

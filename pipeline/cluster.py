@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.config import JobConfig
 from pipeline.errors import ConfigError, FatalError, clean
-from pipeline.storage import is_local
+from pipeline.urls import is_local
 
 log = logging.getLogger(__name__)
 
@@ -211,17 +211,12 @@ def _is_reached(address: str) -> bool:
         return True
     host = host.strip("[]")
     outside = resolve_ip_for_localhost(host)
-    if outside != host and not _answers(outside, int(port)):
-        _knock(host, int(port))
-        return False
-    _knock(outside, int(port))
-    return True
-
-
-def _answers(host: str, port: int) -> bool:
     try:
-        _knock(host, port)
+        _knock(outside, int(port))
     except OSError:
+        if outside == host:
+            raise
+        _knock(host, int(port))
         return False
     return True
 

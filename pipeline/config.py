@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -55,8 +55,10 @@ Url = Annotated[str, AfterValidator(_harmless)]
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
 
-
-S = TypeVar("S", bound=Section)
+    def overlaid(self, override: Self | None) -> Self:
+        """This section with those keys replaced that `override` was explicitly given."""
+        given = sorted(override.model_fields_set) if override else ()
+        return self.model_copy(update={name: getattr(override, name) for name in given})
 
 
 class Transform(Section):
@@ -88,10 +90,6 @@ class Transform(Section):
         if std and min(std) <= 0:
             raise ValueError("every std must be above 0, since pixels are divided by it")
         return std
-
-    def overlaid(self, override: Transform | None) -> Transform:
-        """This transform with those keys replaced that `override` was explicitly given."""
-        return _overlaid(self, override)
 
 
 class Storage(Section):
@@ -206,17 +204,11 @@ class JobConfig(Section):
 
     @property
     def input_storage(self) -> Storage:
-        return _overlaid(self.storage, self.input.storage)
+        return self.storage.overlaid(self.input.storage)
 
     @property
     def output_storage(self) -> Storage:
-        return _overlaid(self.storage, self.output.storage)
-
-
-def _overlaid(base: S, override: S | None) -> S:
-    """`base` with those keys replaced that `override` was explicitly given."""
-    given = sorted(override.model_fields_set) if override else ()
-    return base.model_copy(update={name: getattr(override, name) for name in given})
+        return self.storage.overlaid(self.output.storage)
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> JobConfig:
@@ -310,6 +302,15 @@ def config_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 keys.extend(config_keys(kind, f"{prefix}{name}."))
     return keys
+
+
+def each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """The value, of mappings and lists, with each text in it changed; keys stay."""
+    if isinstance(value, dict):
+        return {name: each_text(child, change) for name, child in value.items()}
+    if isinstance(value, list):
+        return [each_text(child, change) for child in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def digest(value: Any, length: int = 16) -> str:

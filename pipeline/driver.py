@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
@@ -38,6 +38,9 @@ from pipeline.timing import Spent
 from pipeline.verdict import Usage
 from pipeline.witness import Casualties, RayNotes, Witness
 
+if TYPE_CHECKING:  # committers don't need rich
+    from pipeline.report import Counter
+
 log = logging.getLogger(__name__)
 
 MAX_COMMITTERS = 16
@@ -53,16 +56,6 @@ ALLOCATOR = next(name for name in ("jemalloc", "system") if name in pa.supported
 COMMITTER_ENV = {"env_vars": {"ARROW_DEFAULT_MEMORY_POOL": ALLOCATOR}}  # which Arrow reads once, when it is imported
 
 Execute = Callable[[], tuple[Iterator[Any], Callable[[], None]]]  # see flow.execute
-
-
-class Watcher(Protocol):
-    """Who is told what happens, such as a progress bar."""
-
-    def on_rows(self, rows: int, errors: int) -> None: ...
-    def on_committed(self, task: Task, committed: Committed) -> None: ...
-    def on_open(self, task: Task, reason: str) -> None: ...
-    def on_unfinished(self, tasks: Sequence[Task]) -> None: ...
-    def on_tick(self) -> None: ...
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=3, runtime_env=COMMITTER_ENV)
@@ -127,7 +120,7 @@ class Run:
     """One run of the flow over the tasks of a plan."""
 
     def __init__(
-        self, tasks: Sequence[Task], config: JobConfig, context: CommitContext, cluster: Cluster, watcher: Watcher
+        self, tasks: Sequence[Task], config: JobConfig, context: CommitContext, cluster: Cluster, watcher: Counter
     ) -> None:
         self._tasks, self._watcher = tasks, watcher
         self._progress = Progress(len(tasks), {n: t.after for n, t in enumerate(tasks) if t.after is not None})

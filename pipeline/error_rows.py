@@ -10,7 +10,6 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,9 +24,9 @@ from pipeline.outputs.dataset import Dataset, undisturbed
 from pipeline.outputs.schema import Footer
 from pipeline.overview import last_config, listed_shards
 from pipeline.rows import Row
-from pipeline.storage import Store, is_local
+from pipeline.storage import Store, side_by_side
+from pipeline.urls import is_local
 
-AT_ONCE = 8  # errors parts
 MAX_NAME = 100  # characters of a key that a file name takes over
 ROW = ["index", "key", "stage", "error", "bytes_sha256"]
 MAGIC = (
@@ -83,13 +82,13 @@ def count_errors(dataset: Dataset, chosen: Collection[str] = ()) -> DeadLetters:
     dataset.known_identity()
     result, total = DeadLetters(dataset.url), Counter[tuple[str, str]]()
     names = dataset.part_ids("errors")
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        for name, found in zip(names, pool.map(lambda name: _count(dataset, name, chosen), names), strict=True):
-            if isinstance(found, FatalError):
-                result.problems.append(str(found))
-            elif found is not None and found[1]:
-                result.shards.append(_shard_errors(name, *found))
-                total += found[1]
+    counted = side_by_side(lambda name: _count(dataset, name, chosen), names, at_once=8)
+    for name, found in zip(names, counted, strict=True):
+        if isinstance(found, FatalError):
+            result.problems.append(str(found))
+        elif found is not None and found[1]:
+            result.shards.append(_shard_errors(name, *found))
+            total += found[1]
     result.rows = total.total()
     result.classes = [{"stage": s, "error": e, "rows": n} for (s, e), n in sorted(total.items(), key=_by_rows)]
     result.shards.sort(key=lambda shard: (-shard.rows, shard.id))

@@ -23,11 +23,10 @@ from pipeline.inputs.stream import pixel_blocks, read_rows, rows_of, sample_bloc
 from pipeline.model.predictor import ResNetPredictor
 from pipeline.model.results import CALLS
 from pipeline.planning import Task
-from pipeline.preparation import PREDICT_CPUS, Job, Reading, decode_cpus
+from pipeline.preparation import WAITING_CPUS, Job, Reading, decode_cpus
 from pipeline.rows import Row
 from pipeline.storage import Store
 
-READ_CPUS = 0.02  # of a logical CPU, as in `preparation.py`
 READ_TASK_BYTES = 64 * 2**20
 
 Chunk = list[tuple[int, Task]]  # consecutive tasks of a plan, with their places in it
@@ -39,7 +38,7 @@ def pieces(tasks: Sequence[Task], job: Job, cluster: Cluster, notes: Notes) -> D
     with DataContext.current(_context(job)):
         if len(tasks) < cluster.num_cpus:
             shards = _Shards(partial(_samples, reading=job.reading, notes=notes), tasks, cluster.num_cpus)
-            samples = _read(shards, READ_CPUS)
+            samples = _read(shards, WAITING_CPUS)
             pixels = samples.map_batches(
                 _decode_block,  # type: ignore[arg-type]  # it takes more besides
                 fn_args=(job.reading, notes),
@@ -59,7 +58,7 @@ def pieces(tasks: Sequence[Task], job: Job, cluster: Cluster, notes: Notes) -> D
             compute=ActorPoolStrategy(
                 size=job.num_actors, max_concurrent_calls_per_actor=CALLS, enable_true_multi_threading=True
             ),
-            num_cpus=PREDICT_CPUS,
+            num_cpus=WAITING_CPUS,
             num_gpus=job.num_gpus or None,
         )
 

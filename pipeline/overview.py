@@ -52,7 +52,8 @@ def read_status(dataset: Dataset, config: JobConfig | None = None) -> Status:
             f"a mark in {dataset.path('_ledger')} is damaged: {clean(cause)}."
             f" `resnet-batch verify {dataset.url}` names it."
         ) from cause
-    listed, note = _listed_now(dataset, config)
+    reports = _reports(dataset)
+    listed, note = _listed_now(dataset, config, reports)
     return Status(
         url=dataset.url,
         model=identity["model"],
@@ -64,14 +65,14 @@ def read_status(dataset: Dataset, config: JobConfig | None = None) -> Status:
         incomplete=sorted(name for name, found in standing.items() if found.valid_mark is None),
         gone=sorted(standing.keys() - listed) if listed is not None else [],
         note=note,
-        last_runs=_last_runs(dataset),
+        last_runs=[_summary(dataset, url) for url in reports[:LAST_RUNS]],
     )
 
 
-def _listed_now(dataset: Dataset, config: JobConfig | None) -> tuple[set[str] | None, str]:
+def _listed_now(dataset: Dataset, config: JobConfig | None, reports: list[str]) -> tuple[set[str] | None, str]:
     """The ids of the input's shards as they are now; or None, and why that cannot be told."""
     try:
-        config = config or last_config(dataset, "status")
+        config = config or last_config(dataset, "status", reports)
         options = config.input_storage
         options = options.model_copy(update={"deadline_s": min(options.deadline_s, INPUT_DEADLINE_S)})
         return {shard.id for shard in discover(config.input, Store(options), output=config.output.url)}, ""
@@ -79,9 +80,9 @@ def _listed_now(dataset: Dataset, config: JobConfig | None) -> tuple[set[str] | 
         return None, f"what is gone from the input is not known: {cause}"
 
 
-def last_config(dataset: Dataset, who: str) -> JobConfig:
+def last_config(dataset: Dataset, who: str, reports: list[str] | None = None) -> JobConfig:
     """The config of the last run. Raises ConfigError, with the name of `who` asks, where no report tells it."""
-    reports = _reports(dataset)
+    reports = _reports(dataset) if reports is None else reports
     if not reports:
         raise ConfigError(
             f"{who} takes the config that the rows were made with, and no report tells how they were made."
@@ -108,10 +109,6 @@ def _reports(dataset: Dataset) -> list[str]:
     """The URLs of the runs' reports, newest first: run ids begin with the time."""
     found = dataset.store.find(dataset.path("_runs"))
     return sorted((file.url for file in found if file.url.endswith("/report.json")), reverse=True)
-
-
-def _last_runs(dataset: Dataset) -> list[dict[str, Any]]:
-    return [_summary(dataset, url) for url in _reports(dataset)[:LAST_RUNS]]
 
 
 def _summary(dataset: Dataset, url: str) -> dict[str, Any]:

@@ -18,7 +18,6 @@ import itertools
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -30,11 +29,10 @@ from pipeline.estimation import Estimate
 from pipeline.inputs.shards import Shard, discover, relative
 from pipeline.model.spec import ModelSpec, make_spec
 from pipeline.outputs.dataset import Dataset
-from pipeline.outputs.ledger import Standing
+from pipeline.outputs.ledger import NOTHING, Standing
 from pipeline.outputs.schema import Footer
-from pipeline.storage import Store, is_local, local_path
-
-PARTS_AT_ONCE = 16  # that are read, or files that are looked for
+from pipeline.storage import Store, side_by_side
+from pipeline.urls import is_local, local_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +124,8 @@ def make_plan(config: JobConfig, retry_errors: Iterable[str] | str = ()) -> Plan
     left_out: dict[str, str] = {}
 
     def is_worth_a_look(shard: Shard) -> bool:
-        found = standing.get(shard.id)
-        if found is None or found.fingerprint != shard.fingerprint or (classes and found.errors is not None):
+        found = standing.get(shard.id, NOTHING)
+        if found.fingerprint != shard.fingerprint or (classes and found.errors is not None):
             return True
         left_out[shard.id] = shard.url
         return False
@@ -153,8 +151,7 @@ def refuse_a_selection(plan: Plan, config: JobConfig) -> None:
             return True
         return False
 
-    with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
-        there = [url for url, found in zip(plan.unlisted, pool.map(is_there, plan.unlisted), strict=True) if found]
+    there = [url for url, found in zip(plan.unlisted, side_by_side(is_there, plan.unlisted), strict=True) if found]
     if there:
         raise ConfigError(
             f"input.url: {redact(there[0])} is there but not in this input, and {config.output.url} holds its row in a"
@@ -167,13 +164,12 @@ def _with_errors(
     shards: list[Shard], standing: Mapping[str, Standing], dataset: Dataset, classes: Collection[str]
 ) -> Collection[str]:
     """The ids of done shards that have error rows of these classes."""
-    done = [shard.id for shard in shards if _fingerprint(standing, shard.id) == shard.fingerprint]
+    done = [shard.id for shard in shards if standing.get(shard.id, NOTHING).fingerprint == shard.fingerprint]
     candidates = [name for name in done if standing[name].errors is not None]
     if len(classes) == len(ERROR_CLASSES):
         return set(candidates)
-    with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
-        found = pool.map(dataset.error_classes, candidates)
-        return {name for name, theirs in zip(candidates, found, strict=True) if not theirs.isdisjoint(classes)}
+    has_some = side_by_side(lambda name: not dataset.error_classes(name).isdisjoint(classes), candidates)
+    return set(itertools.compress(candidates, has_some))
 
 
 def _vanished_groups(
@@ -199,15 +195,17 @@ def _unlisted(
     retired = {name for task in plan.tasks for name in task.retires}
     roots = {group.id: group.root for group in vanished if group.id in retired}
     for shard in (task.shard for task in plan.tasks if task.shard.kind == "files"):
-        if shard.id in standing and _fingerprint(standing, shard.id) != shard.fingerprint:
+        if shard.id in standing and standing[shard.id].fingerprint != shard.fingerprint:
             roots[shard.id] = shard.root
     if not roots:
         return []
     listed = {member.url for shard in shards for member in shard.members}
-    with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
-        stored = zip(roots.values(), pool.map(dataset.keys, roots), strict=True)
-        left = [sorted({f"{root}/{key}" for key in keys} - listed) for root, keys in stored]
-    return sorted({url for urls in left for url in (*urls[:1], *urls[-1:])})
+
+    def ends(group: str) -> list[str]:
+        left = sorted({f"{roots[group]}/{key}" for key in dataset.keys(group)} - listed)
+        return [*left[:1], *left[-1:]]
+
+    return sorted({url for urls in side_by_side(ends, roots) for url in urls})
 
 
 def vanished_groups(shard_id: str, footers: Iterable[Footer], roots: Iterable[str]) -> Iterator[Vanished]:
@@ -235,7 +233,7 @@ def compare(
     done: list[str] = []
     for shard in listed:
         retires = old.among(shard) if shard.kind == "files" else ()
-        mark = standing[shard.id].valid_mark if shard.id in standing else None
+        mark = standing.get(shard.id, NOTHING).valid_mark
         is_done = mark is not None and mark.fingerprint == shard.fingerprint
         replaces = mark.commit if mark is not None and is_done and shard.id in redo else None
         # A group may be done and a vanished one reach among its files: a rival that planned before us wrote it later.
@@ -260,11 +258,6 @@ def _gone(listed: Iterable[Shard], standing: Iterable[str], left_out: Collection
     """The ids of what stands and is not in the input."""
     names = {shard.id for shard in listed}
     return sorted(name for name in standing if name not in names and name not in left_out)
-
-
-def _fingerprint(standing: Mapping[str, Standing], shard_id: str) -> str | None:
-    found = standing.get(shard_id)
-    return found.fingerprint if found else None
 
 
 def _paths(group: Shard) -> tuple[str, str]:

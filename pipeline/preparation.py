@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import ray
 
@@ -14,7 +13,6 @@ from pipeline.cluster import Cluster
 from pipeline.config import Input, JobConfig, Storage, Transform
 from pipeline.deaths import Notes
 from pipeline.errors import ConfigError
-from pipeline.failures import readable
 from pipeline.inputs.shards import Shard
 from pipeline.model.engines import choose_engine, find_engine
 from pipeline.model.openvino_engine import is_converted
@@ -27,9 +25,9 @@ from pipeline.witness import RayNotes, Witness, wait_for
 
 log = logging.getLogger(__name__)
 
-# Of a logical CPU. An actor waits for its device most of the time, so that every core is left for decoding.
-# Another share than a decoder's also keeps Ray from fusing decoding into the actor.
-PREDICT_CPUS = 0.02
+# Of a logical CPU, for what waits most of the time, an actor for its device or a reader for its store: so every core is
+# left for decoding. Another share than a decoder's also keeps Ray from fusing decoding into the actor.
+WAITING_CPUS = 0.02
 BLOCK_BYTES = 40 * 2**20
 MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 128, 1024
 CALIBRATION_RETRIES = 20  # five find one image that kills
@@ -68,10 +66,15 @@ class Job:
     num_gpus: float  # of each actor
 
     @property
+    def image_bytes(self) -> int:
+        """The pixels of an image; where images come in sizes of their own, those of a usual one."""
+        side = self.spec.transform.crop or self.spec.transform.resize or 224
+        return 3 * side * side
+
+    @property
     def rows_per_block(self) -> int:
         """Images in a block: full batches of some 40 MB in all."""
-        side = self.spec.transform.crop or self.spec.transform.resize or 224
-        rows = min(max(BLOCK_BYTES // (3 * side * side), MIN_BLOCK_ROWS), MAX_BLOCK_ROWS)
+        rows = min(max(BLOCK_BYTES // self.image_bytes, MIN_BLOCK_ROWS), MAX_BLOCK_ROWS)
         return max(rows // self.settings.batch_size, 1) * self.settings.batch_size
 
     @property
@@ -90,89 +93,71 @@ class Job:
 
     @property
     def block_bytes(self) -> int:
-        side = self.spec.transform.crop or self.spec.transform.resize or 224
-        return 3 * side * side * self.rows_per_block
+        return self.image_bytes * self.rows_per_block
 
 
-def prepare(config: JobConfig, spec: ModelSpec, cluster: Cluster, shards: Sequence[Shard]) -> Job:
+_Settled = tuple[ModelSpec, ModelInfo, PredictorSettings]
+
+
+def prepare(
+    config: JobConfig,
+    spec: ModelSpec,
+    cluster: Cluster,
+    shards: Sequence[Shard],
+    meanwhile: Callable[[], object] = lambda: None,
+) -> Job:
     """Settle on a node of the cluster what only it knows: device, engine, batch size, and the shape of the network's
-    results.
+    results. `meanwhile` is called where that has to be waited for.
 
     An int8 network that the dataset lacks is made there, of images of these shards; then the job's spec is another.
     Raises what keeps the model from being built, before anything is read.
     """
-    return begin_preparing(config, spec, cluster, shards)()
-
-
-def begin_preparing(config: JobConfig, spec: ModelSpec, cluster: Cluster, shards: Sequence[Shard]) -> Callable[[], Job]:
-    """`prepare` for who has something else to do meanwhile: the job is returned by what this returns."""
     num_gpus = 1 if cluster.num_gpus and config.runtime.device != "cpu" else 0
-    wait = _begin_settling(spec, config, cluster, num_gpus, shards)
-
-    def job() -> Job:
-        settled, runtime = wait(), config.runtime
-        actors = runtime.actors if runtime.actors != "auto" else (cluster.num_gpus if num_gpus else cluster.num_nodes)
-        columns = result_columns(config.output, settled.info)
-        settings = PredictorSettings(settled.engine, settled.device, settled.batch_size, columns)
-        return Job(config, settled.spec, settled.info, settings, actors, num_gpus)
-
-    return job
-
-
-class _Settled(NamedTuple):
-    spec: ModelSpec
-    info: ModelInfo
-    device: str
-    engine: str
-    batch_size: int
-
-
-def _begin_settling(
-    spec: ModelSpec, config: JobConfig, cluster: Cluster, num_gpus: int, shards: Sequence[Shard]
-) -> Callable[[], _Settled]:
     known = _remembered(spec, config) if cluster.is_here and not num_gpus else None
-    if known is not None:
-        return lambda: known
-    settle, notes = ray.remote(num_cpus=PREDICT_CPUS, num_gpus=num_gpus)(_settle), None
+    spec, info, settings = known or _settled_on_a_node(spec, config, num_gpus, shards, meanwhile)
+    actors = config.runtime.actors
+    if actors == "auto":
+        actors = cluster.num_gpus if num_gpus else cluster.num_nodes
+    return Job(config, spec, info, settings, actors, num_gpus)
+
+
+def _settled_on_a_node(
+    spec: ModelSpec, config: JobConfig, num_gpus: int, shards: Sequence[Shard], meanwhile: Callable[[], object]
+) -> _Settled:
+    settle, notes = ray.remote(num_cpus=WAITING_CPUS, num_gpus=num_gpus)(_settle), None
     if spec.needs_calibration:  # on images, of which any may kill whoever decodes it
         settle = settle.options(max_retries=CALIBRATION_RETRIES)
         notes = RayNotes(ray.remote(num_cpus=0)(Witness).remote())
     sample = spread(shards) if spec.needs_calibration else []
     settling = settle.remote(spec, config, num_gpus > 0, sample, notes)
-
-    def wait() -> _Settled:
-        try:
-            settled: _Settled = wait_for(settling)
-        except ray.exceptions.RayError as cause:
-            raise readable(cause) from cause
-        return settled
-
-    return wait
+    meanwhile()
+    settled: _Settled = wait_for(settling)
+    return settled
 
 
 def _settle(spec: ModelSpec, config: JobConfig, on_gpu: bool, shards: Sequence[Shard], notes: Notes | None) -> _Settled:
-    device = _device(spec, config, on_gpu)
+    device, output, wanted = _device(spec, config, on_gpu), config.output, config.runtime.batch_size
     info, engine = resolve(spec), find_engine(config.runtime.engine, device, spec)
-    result_columns(config.output, info)  # what it refuses is not calibrated first
+    columns = result_columns(output, info)  # what it refuses is not calibrated first
     if spec.needs_calibration:
         spec = calibrate(spec, config, shards, notes, info.has_head)
-    wanted = config.runtime.batch_size
     batch_size = wanted if wanted != "auto" else choose_batch_size(spec, info, engine, device)
-    return _Settled(spec, info, device, engine, batch_size)
+    return spec, info, PredictorSettings(engine, device, batch_size, columns)
 
 
 def _remembered(spec: ModelSpec, config: JobConfig) -> _Settled | None:
     """What `_settle` finds without a GPU, where this node's cache holds all of it. So it needs no torch, and no worker,
     which takes a second or two to come up."""
-    device = _device(spec, config, on_gpu=False)
+    device, output, wanted = _device(spec, config, on_gpu=False), config.output, config.runtime.batch_size
     engine, info = choose_engine(config.runtime.engine, device, spec.precision), remembered(spec)
     if info is None or spec.needs_calibration:
         return None
     if engine == "openvino" and spec.quantised is None and not is_converted(spec):
         return None  # perhaps it cannot be
-    wanted = config.runtime.batch_size
     batch_size = wanted if wanted != "auto" else remembered_batch_size(spec, engine, device)
-    return None if batch_size is None else _Settled(spec, info, device, engine, batch_size)
+    if batch_size is None:
+        return None
+    return spec, info, PredictorSettings(engine, device, batch_size, result_columns(output, info))
 
 
 def _device(spec: ModelSpec, config: JobConfig, on_gpu: bool) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -15,8 +14,7 @@ from pipeline.outputs.dataset import NOT_OURS, Dataset
 from pipeline.outputs.ledger import Standing
 from pipeline.outputs.schema import Footer
 from pipeline.planning import make_plan, model_and_dataset
-
-AT_ONCE = 16  # shards that are looked up or removed
+from pipeline.storage import side_by_side
 
 
 @dataclass
@@ -56,14 +54,13 @@ def prune_dataset(config: JobConfig, yes: bool) -> Pruned:
     regrouped = {name for task in plan.tasks for name in task.retires}
     now = dataset.standing() if plan.gone else {}
     standing = {name: now[name] for name in plan.gone if name in now}
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        footers = list(pool.map(lambda name: _footers(dataset, name, standing[name]), standing))
-        found = [_gone(name, standing[name], said, listed) for name, said in zip(standing, footers, strict=True)]
-        for gone in found:
-            if gone.id in regrouped:
-                gone.kept = "its files are in other groups now: a run puts these in its place"
-        if yes:
-            list(pool.map(lambda gone: _remove(dataset, gone, standing[gone.id]), found))
+    footers = side_by_side(lambda name: _footers(dataset, name, standing[name]), standing)
+    found = [_gone(name, standing[name], said, listed) for name, said in zip(standing, footers, strict=True)]
+    for gone in found:
+        if gone.id in regrouped:
+            gone.kept = "its files are in other groups now: a run puts these in its place"
+    if yes:
+        side_by_side(lambda gone: _remove(dataset, gone, standing[gone.id]), found)
     return Pruned(config.output.url, found)
 
 

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
-from rich.progress import Task as Bar
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.config import JobConfig
+from pipeline.config import JobConfig, each_text
 from pipeline.errors import ExitCode, redact
+from pipeline.inputs.shards import printable
 
 if TYPE_CHECKING:
     from pipeline.outputs.commit import Committed
@@ -64,7 +64,7 @@ class RunReport:
 
     def to_json(self) -> str:
         """Names that are not UTF-8 stay as JSON's `\\udcff`."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False).encode(errors="backslashreplace").decode()
+        return printable(json.dumps(asdict(self), indent=1, ensure_ascii=False))
 
     def __str__(self) -> str:
         return self.message
@@ -79,17 +79,9 @@ def public_config(config: JobConfig) -> dict[str, Any]:
         override = getattr(getattr(config, section), name)
         if override is not None:
             resolved[section][name] = override.model_dump(mode="json", exclude_unset=True)
-    shown = {name: _public(value) for name, value in resolved.items()}
+    shown: dict[str, Any] = each_text(resolved, lambda text: redact(text) if "://" in text else text)
     shown["input"]["url"] = config.input.url
     return shown
-
-
-def _public(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _public(child) for name, child in value.items()}
-    if isinstance(value, list):
-        return [_public(child) for child in value]
-    return redact(value) if isinstance(value, str) and "://" in value else value
 
 
 Clock = Callable[[], float]  # seconds
@@ -176,6 +168,12 @@ class Counter:
             f" · {counted(self.errors, 'error')}"
         )
 
+    def line(self) -> str:
+        """The status, and the time left: by our own estimate, since rich's follows the last seconds, and shards end in
+        bursts."""
+        left = self.seconds_left
+        return self.status() + (f" · {_duration(left)} left" if left is not None else "")
+
 
 class LogLines(Counter):
     """For a log file: a line every few seconds."""
@@ -188,8 +186,7 @@ class LogLines(Counter):
         now = self.clock()
         if now - self._said >= LINE_EVERY_S:
             self._said = now
-            left = self.seconds_left
-            log.info("%s%s", self.status(), f" · {_duration(left)} left" if left is not None else "")
+            log.info("%s", self.line())
 
 
 class LiveBar(Counter):
@@ -197,24 +194,11 @@ class LiveBar(Counter):
 
     def __init__(self, report: RunReport, num_shards: int, num_bytes: int, console: Console) -> None:
         super().__init__(report, num_shards, num_bytes)
-        columns: list[ProgressColumn] = [BarColumn(), TextColumn("{task.description}"), _Left(self)]
-        self.progress = Progress(*columns, console=console, transient=True)
+        self.progress = Progress(BarColumn(), TextColumn("{task.description}"), console=console, transient=True)
         self._task = self.progress.add_task("starting", total=max(num_bytes, 1))
 
     def on_tick(self) -> None:
-        self.progress.update(self._task, completed=self.bytes_settled, description=self.status())
-
-
-class _Left(ProgressColumn):
-    """Time left, by our own estimate: rich's follows the last seconds, and shards end in bursts."""
-
-    def __init__(self, counter: Counter) -> None:
-        super().__init__()
-        self._counter = counter
-
-    def render(self, task: Bar) -> Text:
-        left = self._counter.seconds_left
-        return Text(f"{_duration(left)} left" if left is not None else "", style="cyan")
+        self.progress.update(self._task, completed=self.bytes_settled, description=self.line())
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
+from importlib import import_module
 
 from pipeline.cluster import Cluster, connected, terminable
 from pipeline.config import JobConfig
@@ -107,20 +108,17 @@ def _with_absolute_files(config: JobConfig, spec: ModelSpec) -> JobConfig:
 def _execute(
     plan: Plan, config: JobConfig, spec: ModelSpec, dataset: Dataset, cluster: Cluster, report: RunReport
 ) -> None:
-    from pipeline.preparation import begin_preparing
+    from pipeline.preparation import prepare
 
-    preparing = begin_preparing(config, spec, cluster, [task.shard for task in plan.tasks])
-    from pipeline import driver, flow  # Ray Data is imported while a worker settles what it is asked
+    import_ray_data = partial(import_module, "pipeline.flow")  # while a worker settles what it is asked
+    job = prepare(config, spec, cluster, [task.shard for task in plan.tasks], meanwhile=import_ray_data)
+    from pipeline import driver, flow
 
-    job = preparing()
     spec, settings = job.spec, job.settings
     report.model_fingerprint = spec.fingerprint
     report.engine, report.device, report.batch_size = settings.engine, settings.device, settings.batch_size
     report.actors = job.num_actors
-    classes = job.info.classes
-    identity = make_identity(
-        spec.identity, spec.fingerprint, list(classes) if classes is not None else None, job.info.num_classes
-    )
+    identity = make_identity(spec.identity, spec.fingerprint, job.info.classes, job.info.num_classes)
     if not dataset.store.honours_conditions(dataset.path("_runs", report.run_id, "probe")):
         log.warning(
             "%s takes conditional writes for plain ones: two first runs with different models at once could mix."

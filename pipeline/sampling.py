@@ -15,7 +15,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from ray.exceptions import RayError
 
 from pipeline.calibration import spread
 from pipeline.cluster import Cluster, connected
@@ -23,7 +22,6 @@ from pipeline.config import JobConfig
 from pipeline.deaths import Guard, Notes
 from pipeline.driver import MAX_COMMITS, num_committers
 from pipeline.estimation import FORMAT, PREDICTION, Estimate, Measured, estimate
-from pipeline.failures import readable
 from pipeline.inputs.shards import Shard
 from pipeline.inputs.stream import pixel_blocks, read_rows
 from pipeline.model.predictor import ResNetPredictor
@@ -31,7 +29,7 @@ from pipeline.model.spec import ModelSpec
 from pipeline.outputs.dataset import Dataset
 from pipeline.outputs.schema import Footer, part_schema, write_parquet
 from pipeline.planning import Plan
-from pipeline.preparation import PREDICT_CPUS, Job, decode_cpus, prepare
+from pipeline.preparation import WAITING_CPUS, Job, decode_cpus, prepare
 from pipeline.rows import PIXELS, Kind, Row
 from pipeline.storage import Store
 from pipeline.timing import Spent
@@ -86,7 +84,7 @@ def measure(config: JobConfig, spec: ModelSpec, dataset: Dataset, plan: Plan) ->
     with connected(config) as cluster:
         job = prepare(config, spec, cluster, shards)
         decoding, chosen = ray.remote(num_cpus=decode_cpus(cluster, job.shares_cores))(_read_and_decode), spread(shards)
-        _answer(decoding.remote(chosen[:1], job, 1, MAX_BYTES))  # what is imported and connected only once
+        wait_for(decoding.remote(chosen[:1], job, 1, MAX_BYTES))  # what is imported and connected only once
         started = time.monotonic()
         decoded = _decode(decoding, chosen, job, cluster)
         images, read = (sum(column) for column in zip(*((d.images, d.read) for d in decoded), strict=True))
@@ -117,14 +115,6 @@ def measure(config: JobConfig, spec: ModelSpec, dataset: Dataset, plan: Plan) ->
         )
 
 
-def _answer(task: Any) -> Any:
-    """What a task returns. Raises an error of ours for whatever it raised, or its worker died of."""
-    try:
-        return wait_for(task)
-    except RayError as cause:
-        raise readable(cause) from cause
-
-
 def _images_per_shard(shards: Sequence[Shard], decoded: Sequence[Decoded]) -> float:
     per_byte = sum(found.read for found in decoded) / sum(found.num_bytes for found in decoded)
     return sum(shard.size for shard in shards) * per_byte / len(shards)
@@ -135,7 +125,7 @@ def _decode(decoding: Any, chosen: Sequence[Shard], job: Job, cluster: Cluster) 
     tasks = min(cluster.num_cpus, MAX_TASKS)
     shares = [chosen[start::tasks] or chosen[:1] for start in range(tasks)]
     answers = [decoding.remote(share, job, IMAGES_PER_TASK, MAX_BYTES // tasks) for share in shares]
-    return [_answer(answer) for answer in answers]
+    return [wait_for(answer) for answer in answers]
 
 
 class _Kept(Notes):
@@ -198,8 +188,8 @@ def _first_images(
 
 def _predict(blocks: list[pa.Table], job: Job) -> tuple[float, float, float]:
     """Seconds per image of one device, bytes of a row in a part, and seconds to load the network."""
-    predicting = ray.remote(num_cpus=PREDICT_CPUS, num_gpus=job.num_gpus)(_time_predictor)
-    answer: tuple[float, float, float] = _answer(predicting.remote(blocks, job))
+    predicting = ray.remote(num_cpus=WAITING_CPUS, num_gpus=job.num_gpus)(_time_predictor)
+    answer: tuple[float, float, float] = wait_for(predicting.remote(blocks, job))
     return answer
 
 

@@ -14,29 +14,17 @@ import io
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from glob import escape
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 from fsspec.utils import glob_translate
 from tenacity import Retrying, retry_if_exception_type, stop_before_delay, wait_random_exponential
 
-from pipeline.backends import (
-    Backend,
-    FileInfo,
-    LocalDisk,
-    Opened,
-    Page,
-    canonical,
-    deadline,
-    is_local,
-    local_path,
-    sweep,
-)
-from pipeline.config import JobConfig, Storage
+from pipeline.backends import Backend, FileInfo, LocalDisk, Opened, Page, deadline, sweep
+from pipeline.config import Storage
 from pipeline.errors import (
     ConfigError,
     NotFound,
@@ -50,73 +38,20 @@ from pipeline.errors import (
     translate,
 )
 from pipeline.remote import S3, Fsspec, Web, damaged
+from pipeline.urls import absolute, canonical, is_local, literal, local_path, wildcard_at
 
-__all__ = ["FileInfo", "Store", "canonical", "is_local", "join", "local_path", "split_pattern", "with_absolute_urls"]
-
-AT_ONCE = 16  # lookups under way
 SHARE_WHEN_DOWN = 0.1  # of the deadline, for a store that has let a whole one pass and has not answered since
 SKIP_BYTES = 2**20  # read at once of what nobody wants but the comparison
-ESCAPED = re.compile(r"\[([*?\[])\]")  # a character that is no wildcard, as glob.escape writes it
 T = TypeVar("T")
+R = TypeVar("R")
 
 _down: set[str] = set()  # such stores, known to this process: else each of a thousand shards would wait its two minutes
 
 
-def join(url: str, *names: str) -> str:
-    return "/".join((url.rstrip("/"), *names))
-
-
-def split_pattern(url: str) -> tuple[str, bool]:
-    """The folder above the first wildcard and whether there is a wildcard at all. `[*]`, `[?]` and `[[]` are none."""
-    at = _wildcard_at(url)
-    return (url, False) if at is None else (_literal(url[:at].rpartition("/")[0]), True)
-
-
-def _wildcard_at(url: str) -> int | None:
-    """Where the first wildcard is: the end, if there are only characters that are kept from being one."""
-    if url.startswith(("http://", "https://")):  # there `?` begins the query and `[` stands around an IPv6 host
-        return url.find("*") if "*" in url else None
-    found = re.search(r"[*?\[]", ESCAPED.sub("___", url))
-    return found.start() if found else len(url) if ESCAPED.search(url) else None
-
-
-def _literal(pattern: str) -> str:
-    return ESCAPED.sub(r"\1", pattern)
-
-
-def is_relative(url: str) -> bool:
-    """Whether a URL, or a line of a list, is a path that starts at some folder."""
-    return "://" not in url and not url.startswith(("/", "~"))
-
-
-def within(folder: str, url: str) -> str:
-    """A relative URL as one in this folder, of whose own name nothing is a wildcard where the URL is a pattern."""
-    joined = join(folder, url)
-    if folder.startswith(("http://", "https://")) or not split_pattern(url)[1]:  # a web server has no listings
-        return joined
-    if is_local(joined) and os.path.exists(local_path(joined)):  # noqa: PTH110 - false for what no path can be
-        return joined
-    return join(escape(folder), url)
-
-
-def absolute(url: str) -> str:
-    """The same URL for a process that works in another folder."""
-    if not is_local(url):
-        return url
-    return within(str(Path.cwd()), url) if is_relative(url) and split_pattern(url)[1] else str(local_path(url))
-
-
-def with_absolute_urls(config: JobConfig) -> JobConfig:
-    """The same job for a process that works in another folder."""
-    url, out = config.input.url, config.output.url
-    return config.model_copy(
-        update={
-            "input": config.input.model_copy(
-                update={"url": absolute(url) if isinstance(url, str) else [absolute(one) for one in url]}
-            ),
-            "output": config.output.model_copy(update={"url": str(local_path(out)) if is_local(out) else out}),
-        }
-    )
+def side_by_side(call: Callable[[T], R], items: Iterable[T], at_once: int = 16) -> list[R]:
+    """What `call` makes of each item, so many of them at a time. Where one fails, the others are cancelled."""
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(call, items))
 
 
 class Store:
@@ -132,21 +67,17 @@ class Store:
         """
         return _sorted(self.each_below(url))
 
-    def glob(self, pattern: str) -> list[FileInfo]:
-        """The files that a pattern with `*`, `?`, `[…]` or `**` matches, sorted by URL."""
-        return _sorted(self.each_match(pattern))
-
     def each_below(self, url: str) -> Iterator[FileInfo]:
         """What `find` finds, in the order in which it is listed: of a million files no more is held than a page."""
         return self._files(_folder(url), "")
 
     def each_match(self, pattern: str) -> Iterator[FileInfo]:
-        """What `glob` finds, in the order in which it is listed."""
+        """The files that a pattern with `*`, `?`, `[…]` or `**` matches, in the order in which they are listed."""
         pattern = canonical(absolute(pattern))
-        begin, _, first = pattern[: _wildcard_at(pattern)].rpartition("/")
+        begin, _, first = pattern[: wildcard_at(pattern)].rpartition("/")
         if "://" not in begin:
             raise ConfigError(f"{pattern}: a bucket's or a server's name cannot be a pattern.")
-        base, prefix, rest = _literal(begin), _literal(first), pattern[len(begin) + 1 :]
+        base, prefix, rest = literal(begin), literal(first), pattern[len(begin) + 1 :]
         try:
             matches = re.compile(glob_translate(pattern)).match
         except (ValueError, re.error) as cause:
@@ -166,8 +97,7 @@ class Store:
 
     def infos(self, urls: list[str]) -> list[FileInfo]:
         """`info` of many files, 16 at a time."""
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(self.info, urls))  # which cancels the others when one fails
+        return side_by_side(self.info, urls)
 
     def open(self, url: str, version: str | None = None, read_ahead: bool = True) -> BinaryIO:
         """A seekable stream. With `version`, SourceChanged unless the file still is that version.

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from omegaconf import OmegaConf
 
-from pipeline.config import JobConfig
+from pipeline.config import JobConfig, each_text
 from pipeline.config_errors import has_secret
 from pipeline.error_classes import choose_classes
 from pipeline.errors import ConfigError, ExitCode, FatalError, Stopped, clean, redact
@@ -84,7 +84,9 @@ def pack(config: JobConfig, folder: Path) -> None:
     names = class_names(config.model.classes, config.directory, config.storage)
     if names is not None:
         data["model"]["classes"] = list(names)
-    OmegaConf.save(OmegaConf.create(_literal(data)), folder / "config.yaml")
+    # Resolved it is already, and a name in a file of class names could otherwise read the environment of the cluster.
+    literal = each_text(data, lambda text: INTERPOLATION.sub(r"\1\1\\${", text))
+    OmegaConf.save(OmegaConf.create(literal), folder / "config.yaml")
     if config.model.is_custom:
         for name, content in locate(config.model.name, config.directory).files:
             target = folder / name
@@ -103,16 +105,6 @@ def _ignored(folder: str, names: list[str]) -> list[str]:
         return name == "template.yaml" or (Path(name).suffix in (".py", ".safetensors") and name[0] != ".")
 
     return [name for name in names if not belongs(name)]
-
-
-def _literal(value: Any) -> Any:
-    """The value with `${…}` in its texts escaped: resolved it is already, and a name in a file of class names could
-    otherwise read the environment of the cluster."""
-    if isinstance(value, dict):
-        return {name: _literal(child) for name, child in value.items()}
-    if isinstance(value, list):
-        return [_literal(child) for child in value]
-    return INTERPOLATION.sub(r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def follow(client: JobSubmissionClient, job: str) -> int:

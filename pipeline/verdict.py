@@ -58,7 +58,8 @@ def judge(usage: Usage) -> Verdict:
     bound = _bound(shares, usage)
     if bound == "start-up":  # most work was done before those few seconds: of them it could be 100 % and more
         shares = {}
-    return Verdict(bound, {name: round(share, 3) for name, share in shares.items()}, _advice(bound, usage.device))
+    advice = ON_GPUS.get(bound, ADVICE[bound]) if usage.device == "cuda" else ADVICE[bound]
+    return Verdict(bound, {name: round(share, 3) for name, share in shares.items()}, advice)
 
 
 def _bound(shares: dict[str, float], usage: Usage) -> Bound:
@@ -76,12 +77,6 @@ def _bound(shares: dict[str, float], usage: Usage) -> Bound:
     if at_network + at_decoding < IDLE:
         return "overhead"
     return "network" if at_network >= at_decoding else "decode"
-
-
-def _advice(bound: Bound, device: str) -> str:
-    if device == "cuda" and bound in ON_GPUS:
-        return ON_GPUS[bound]
-    return ADVICE[bound]
 
 
 ADVICE: dict[Bound, str] = {

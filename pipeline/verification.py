@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,9 +28,9 @@ from pipeline.outputs.ledger import Mark, Standing
 from pipeline.outputs.schema import Footer, errors_schema, part_schema
 from pipeline.recomputing import recompute
 from pipeline.rows import Columns
-from pipeline.storage import canonical, is_local, local_path
+from pipeline.storage import side_by_side
+from pipeline.urls import canonical, is_local, local_path
 
-AT_ONCE = 4  # parts
 BATCH_ROWS = 2048
 READ_BYTES = 4 * 2**20  # per column and step, whatever the size of a row group
 STAGES = ("read", "decode", "predict")
@@ -84,9 +83,8 @@ def verify_dataset(dataset: Dataset, sample: int = 0, config: JobConfig | None =
         return result
     identity = identity or dataset.known_identity()  # which says what there is instead
     standing = sorted(dataset.standing().items())
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        checked = pool.map(lambda item: _check_shard(dataset, identity, *item), standing)
-        found = {name: what for (name, _), what in zip(standing, checked, strict=True)}
+    checked = side_by_side(lambda item: _check_shard(dataset, identity, *item), standing, at_once=4)
+    found = {name: what for (name, _), what in zip(standing, checked, strict=True)}
     _agree_on_width(found)
     for name, (part, problems) in found.items():
         result.problems.extend(f"{name}: {problem}" for problem in problems)

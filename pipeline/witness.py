@@ -15,6 +15,7 @@ from ray.core.generated.gcs_pb2 import WorkerTableData  # type: ignore[attr-defi
 
 from pipeline.deaths import Deaths, Fate, Notes
 from pipeline.errors import Stopped
+from pipeline.failures import readable
 from pipeline.timing import Spent
 
 LOOK_EVERY_S = 5.0
@@ -134,11 +135,15 @@ class Casualties:
 
 
 def wait_for(answer: Any) -> Any:
-    """`ray.get`, unless those who work on the answer only die."""
+    """`ray.get`, unless those who work on the answer only die. Raises an error of ours for whatever a task raised, or
+    its worker died of."""
     casualties = Casualties()
-    while not ray.wait([answer], timeout=1)[0]:
-        casualties.check()
-    return ray.get(answer)
+    try:
+        while not ray.wait([answer], timeout=1)[0]:
+            casualties.check()
+        return ray.get(answer)
+    except ray.exceptions.RayError as cause:
+        raise readable(cause) from cause
 
 
 def _deaths_of_this_job() -> Counter[str]:

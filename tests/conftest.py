@@ -6,7 +6,10 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("unhurried", deadline=None)  # the machine may have something else to do
+settings.load_profile("unhurried")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only; set before ray is imported
 

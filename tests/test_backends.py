@@ -1,4 +1,4 @@
-"""URLs, and what only a local disk has: temporary files and their sweeping, links, folders that can't be read."""
+"""What only a local disk has: temporary files and their sweeping, links, folders that can't be read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,7 @@ from pipeline import backends
 from pipeline.backends import LocalDisk, Opened
 from pipeline.config import Storage
 from pipeline.errors import AccessDenied, ConfigError, FatalError, NotFound, StoreUnavailable
-from pipeline.model.cache import cache_directory
-from pipeline.model.classes import find_file
-from pipeline.storage import Store, canonical, split_pattern
+from pipeline.storage import Store
 
 # Writes half of a file and says so; goes on when it is told to.
 HALF_A_PUT = """
@@ -61,87 +59,6 @@ def half_a_put(target: Path) -> Iterator[subprocess.Popen[bytes]]:
         writer.communicate()
 
 
-@pytest.mark.parametrize(
-    ("url", "expected"),
-    [
-        ("/data/x", "file:///data/x"),
-        ("/data/./y/../x/", "file:///data/x"),
-        ("//data/x", "file:///data/x"),
-        ("x y", "file:///here/x y"),
-        ("../x", "file:///x"),
-        ("~/x", "file:///home/me/x"),
-        ("file:///data/x", "file:///data/x"),
-        ("file://x", "file:///here/x"),
-        ("local:///data/x", "file:///data/x"),
-        ("/", "file:///"),
-        ("s3://bucket/a//b/../c/", "s3://bucket/a//b/../c/"),
-        ("s3a://bucket/x", "s3://bucket/x"),
-        ("s3n://bucket/x", "s3://bucket/x"),
-        ("gs://bucket/x", "gs://bucket/x"),
-        ("https://host/x?next=http://other/", "https://host/x?next=http://other/"),
-    ],
-)
-def test_canonical(url: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
-    monkeypatch.setattr(os, "getcwd", lambda: "/here")
-    assert canonical(url) == expected
-    assert canonical(expected) == expected
-
-
-NO_HOME = r"~nobody-here/x: there is no home folder ~nobody-here\. Where that is a name: \./~nobody-here/x"
-
-
-@pytest.mark.parametrize("find", [canonical, lambda path: find_file(path, None, "model.classes")])
-def test_a_home_folder_that_is_not_there_is_a_sentence(find: Callable[[str], object]) -> None:
-    with pytest.raises(ConfigError, match=NO_HOME):
-        find("~nobody-here/x")
-    assert canonical("./~nobody-here/x") == f"file://{Path.cwd()}/~nobody-here/x"
-
-
-def test_a_cache_in_a_home_folder_that_is_not_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RESNET_BATCH_CACHE", "~nobody-here/x")
-    with pytest.raises(FatalError, match=f"{NO_HOME}.*Set RESNET_BATCH_CACHE"):
-        cache_directory("weights")
-
-
-@pytest.mark.parametrize(
-    ("url", "says"),
-    [("memory://x", "workers"), ("", "no file"), ("file://", "no file"), ("s3:/bucket/x", "two slashes")],
-)
-def test_urls_that_no_worker_could_find_are_refused(url: str, says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
-        canonical(url)
-
-
-@pytest.mark.parametrize(
-    ("url", "expected"),
-    [
-        ("s3://b/raw/*.tar", ("s3://b/raw", True)),
-        ("s3://b/raw/d?/x", ("s3://b/raw", True)),
-        ("s3://b/raw/x.tar", ("s3://b/raw/x.tar", False)),
-        ("http://[::1]:80/x.tar?sig=1", ("http://[::1]:80/x.tar?sig=1", False)),
-        ("http://h/x/*.tar", ("http://h/x", True)),
-    ],
-)
-def test_split_pattern(url: str, expected: tuple[str, bool]) -> None:
-    assert split_pattern(url) == expected
-
-
-@pytest.mark.parametrize(
-    ("pattern", "says"), [("s3://*/x", "bucket"), ("s3://b*/x", "bucket"), ("s3://b/a**/x", "path component")]
-)
-def test_patterns_that_make_no_sense_are_refused(pattern: str, says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
-        Store().glob(pattern)
-
-
-def test_patterns_may_begin_at_the_root_of_the_disk(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"")
-    first = tmp_path.parts[1]
-    pattern = f"/{first[:-1]}?/{tmp_path.relative_to(f'/{first}')}/x"
-    assert [info.url for info in Store().glob(pattern)] == [f"file://{tmp_path}/x"]
-
-
 # --- Temporary files -----------------------------------------------------------------------------------------------
 
 
@@ -151,7 +68,7 @@ def test_what_is_half_written_is_in_no_listing(tmp_path: Path) -> None:
     with half_a_put(target) as writer:
         (temporary,) = target.parent.iterdir()
         assert list(target.parent.glob("*.parquet")) == []
-        assert store.find(str(tmp_path)) == store.glob(f"{tmp_path}/**") == []
+        assert store.find(str(tmp_path)) == list(store.each_match(f"{tmp_path}/**")) == []
         assert store.starting_with(f"{target.parent}/") == []
         with pytest.raises(NotFound):
             store.info(str(temporary))
@@ -293,7 +210,7 @@ def test_a_glob_does_not_look_deeper_than_its_pattern(tmp_path: Path, monkeypatc
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    Store().glob(f"{tmp_path}/a*/*.tar")
+    list(Store().each_match(f"{tmp_path}/a*/*.tar"))
     assert visited == [str(tmp_path), str(tmp_path / "a")]
 
 

@@ -169,7 +169,8 @@ def test_classes_are_compared_where_the_weights_tell_them(
     config = job(small, tmp_path / "labels", **({} if has_head else {"weights": backbone}))
     output = config.output.model_copy(update={"predictions": False})
     config = config.model_copy(update={"output": output})
-    assert _settle(known_spec(config), config, False, listed(config), None).spec.quantised is not None
+    calibrated, _, _ = _settle(known_spec(config), config, False, listed(config), None)
+    assert calibrated.quantised is not None
     assert ("int8 gives only 10 % of the calibration images" in caplog.text) == has_head
 
 

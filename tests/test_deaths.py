@@ -123,7 +123,7 @@ def run_until_done(machine: Machine, samples: int, poisons: set[int], strikes: l
     raise AssertionError("it never ends")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 17), st.sets(st.integers(0, 16), max_size=4), st.lists(st.integers(0, 20), max_size=8))
 def test_only_the_samples_that_kill_are_left_out(samples: int, poisons: set[int], strikes: list[int]) -> None:
     machine = Machine()

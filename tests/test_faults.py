@@ -43,7 +43,7 @@ def open_and_read(store: Store, url: str) -> bytes:
 
 READS: dict[str, Callable[[Store, str], Any]] = {
     "find": lambda store, url: [info.url for info in store.find(url.rpartition("/")[0])],
-    "glob": lambda store, url: [info.url for info in store.glob(url.rpartition("/")[0] + "/*")],
+    "each_match": lambda store, url: sorted(info.url for info in store.each_match(url.rpartition("/")[0] + "/*")),
     "starting_with": lambda store, url: [info.url for info in store.starting_with(url)],
     "info": lambda store, url: store.info(url).size,
     "open": open_and_read,
@@ -58,8 +58,8 @@ WRITES: dict[str, Callable[[Store, str], Any]] = {
     "delete": lambda store, url: store.delete(url),
 }
 ACTS = READS | WRITES
-WITH_A_BODY = ("find", "glob", "starting_with", "open", "read")
-LISTINGS = ("find", "glob", "starting_with")
+WITH_A_BODY = ("find", "each_match", "starting_with", "open", "read")
+LISTINGS = ("find", "each_match", "starting_with")
 
 # What may pass when a call is made again, and what does not.
 BEFORE = ("reset", "hang", "500", "503", "slowdown", "409")

@@ -14,8 +14,19 @@ from hypothesis import strategies as st
 from pipeline.backends import FileInfo
 from pipeline.errors import TransientError
 from pipeline.inputs.shards import Shard, group_files, relative
-from pipeline.outputs.dataset import marks_by_shard
-from pipeline.outputs.ledger import Check, Confirm, Delete, Look, Mark, Put, Standing, Standings, Wait, commit_steps
+from pipeline.outputs.ledger import (
+    Check,
+    Confirm,
+    Delete,
+    Look,
+    Mark,
+    Put,
+    Standing,
+    Standings,
+    Wait,
+    commit_steps,
+    marks_by_shard,
+)
 from pipeline.outputs.progress import Abandon, Commit, Decision, Progress, Receipt
 from pipeline.outputs.schema import Footer
 from pipeline.planning import Plan, Task, compare, vanished_groups
@@ -216,7 +227,7 @@ def check_next_run(world: World, group_size: int, choice: random.Random) -> None
     assert world.plan(group_size).tasks == []
 
 
-@settings(deadline=None, max_examples=800)
+@settings(max_examples=800)
 @given(nights(), st.integers(0, 2**32), st.sampled_from([0.0, 0.05, 0.2]), st.integers(1, 2))
 def test_no_file_ever_stands_twice(
     nights: list[tuple[set[str], set[str], int]], seed: int, trouble: float, at_once: int
@@ -231,7 +242,7 @@ def test_no_file_ever_stands_twice(
     check_next_run(world, nights[-1][2], choice)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(nights(), st.integers(0, 2**32))
 def test_what_two_runs_with_two_listings_leave_is_put_right_by_the_next(
     nights: list[tuple[set[str], set[str], int]], seed: int

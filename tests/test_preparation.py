@@ -12,7 +12,7 @@ from pipeline.config import make_config
 from pipeline.model.openvino_engine import converted
 from pipeline.model.spec import make_spec
 from pipeline.model.zoo import resolve
-from pipeline.preparation import PREDICT_CPUS, decode_cpus
+from pipeline.preparation import WAITING_CPUS, decode_cpus
 from tests.model.helpers import output_of, python
 from tests.support.jobs import digits_config
 
@@ -48,5 +48,5 @@ def test_the_cores_have_a_decoder_each_and_one_more_where_nothing_else_is_comput
 ) -> None:
     share = decode_cpus(Cluster(2, 2 * cores, 0), shares_cores)
     fit = cores + (not shares_cores)
-    assert fit * share + PREDICT_CPUS <= cores < (fit + 1) * share
-    assert share + 10 * PREDICT_CPUS <= cores, "several runs on one node would wait for each other"
+    assert fit * share + WAITING_CPUS <= cores < (fit + 1) * share
+    assert share + 10 * WAITING_CPUS <= cores, "several runs on one node would wait for each other"

@@ -57,8 +57,8 @@ def drawn(console: Console) -> str:
 def test_committed_and_open_shards_are_counted_in_the_report(clock: Clock):
     counter = Counter(report(), 3, 300, clock)
     counter.on_rows(12, 2)
-    counter.on_committed(task("s3://b/1.tar", 100), Committed(0, 10, 2, 5000))
-    counter.on_committed(task("s3://b/2.tar", 50), Committed(0, 7, 0, 300))
+    counter.on_committed(task("s3://b/1.tar", 100), Committed(10, 2, 5000))
+    counter.on_committed(task("s3://b/2.tar", 50), Committed(7, 0, 300))
     counter.on_open(task("s3://b/3.tar", 150), "the store is down")
     found = counter.report
     assert (found.shards_committed, found.predicted, found.errors, found.bytes_written) == (2, 17, 2, 5300)
@@ -70,7 +70,7 @@ def test_committed_and_open_shards_are_counted_in_the_report(clock: Clock):
 
 def test_what_another_run_has_committed_meanwhile_is_none_of_ours(clock: Clock):
     counter = Counter(report(), 2, 300, clock)
-    counter.on_committed(task("s3://b/1.tar", 100), Committed(0, 10, 2, 5000, is_ours=False))
+    counter.on_committed(task("s3://b/1.tar", 100), Committed(10, 2, 5000, is_ours=False))
     found = counter.report
     assert (found.shards_done_before, found.shards_committed, found.predicted, found.committed) == (1, 0, 0, [])
     assert counter.settled == 1
@@ -143,7 +143,7 @@ def test_the_time_left_follows_the_bytes_that_are_through(clock: Clock):
     clock.now += 10
     counter.on_rows(500, 0)
     assert counter.seconds_left is None
-    counter.on_committed(task("a", 200), Committed(0, 1, 0, 1))
+    counter.on_committed(task("a", 200), Committed(1, 0, 1))
     assert counter.seconds_left == pytest.approx(40)
     clock.now += 10
     counter.on_open(task("b", 300), "gone")
@@ -159,7 +159,7 @@ def test_one_error_is_one_error(clock: Clock):
 def test_passwords_and_signatures_in_urls_are_cut_out(clock: Clock, caplog: pytest.LogCaptureFixture):
     url = "https://user:hunter2@host/1.tar?Signature=hunter2"
     counter = Counter(report(), 2, 2, clock)
-    counter.on_committed(task(url, 1), Committed(0, 1, 0, 1))
+    counter.on_committed(task(url, 1), Committed(1, 0, 1))
     counter.on_open(task(url, 1), f"cannot read {url}: it is gone")
     assert "hunter2" not in counter.report.to_json() + caplog.text
     assert counter.report.committed == ["https://host/1.tar"]
@@ -176,7 +176,7 @@ def test_a_log_gets_a_line_every_few_seconds(clock: Clock, caplog: pytest.LogCap
         clock.now = 1000 + tick / 4
         lines.on_rows(10, 0)
         if tick == 60:
-            lines.on_committed(task("a", 50), Committed(0, 600, 0, 1))
+            lines.on_committed(task("a", 50), Committed(600, 0, 1))
         lines.on_tick()
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 6
@@ -193,12 +193,12 @@ def test_a_terminal_gets_a_bar_that_moves():
         empty = drawn(console)
         for number in range(3):
             bar.on_rows(1200, 1)
-            bar.on_committed(task(f"{number}", 250), Committed(0, 1199, 1, 10))
+            bar.on_committed(task(f"{number}", 250), Committed(1199, 1, 10))
         bar.on_tick()
         bar.progress.refresh()
         full = drawn(console)
     assert "starting · 4 shards to do" in empty
-    assert re.search(r"3/4 shards · 3,600 images · [\d,]+ images/s · 3 errors +0:0\d left", full), full
+    assert re.search(r"3/4 shards · 3,600 images · [\d,]+ images/s · 3 errors · 0:0\d left", full), full
     bars = [line.count("━") for line in full.splitlines() if "shards" in line]
     assert bars[-1] == 30, "three quarters of 40"
 

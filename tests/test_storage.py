@@ -18,7 +18,8 @@ import pytest
 from pipeline import remote
 from pipeline.config import Storage
 from pipeline.errors import AccessDenied, ConfigError, NotFound, OutcomeUnknown, SourceChanged, StoreUnavailable
-from pipeline.storage import Store, join
+from pipeline.storage import Store
+from pipeline.urls import join
 from tests.support.s3 import Identity, S3Server, free_ports, s3_server
 
 QUICK = {"connect_timeout_s": 0.5, "read_timeout_s": 0.5, "deadline_s": 1.0}
@@ -85,7 +86,7 @@ def test_put_answers_the_version_that_everything_else_shows(place: Place, tmp_pa
     info = place.store.info(url)
     assert (info.url, info.size, info.version) == (url, 7, version)
     assert '"' not in version
-    assert place.store.find(place.url) == place.store.glob(place.at("*", "*")) == [info]
+    assert place.store.find(place.url) == list(place.store.each_match(place.at("*", "*"))) == [info]
     assert place.store.starting_with(place.at("folder", "x.")) == [info]
     assert place.store.infos([url, url]) == [info, info]
     with place.store.open(url, version) as file:
@@ -130,7 +131,9 @@ def test_starting_with_sees_one_folder_only(place: Place) -> None:
 def test_glob(place: Place, pattern: str, matches: list[str]) -> None:
     for name in ("a.tar", "a.tar.md5", "d1/b.tar", "d1/e/f/g.tar", "d2/c.tar", "d/x.tar.gz"):
         place.store.put(place.at(name), b"x")
-    assert [info.url for info in place.store.glob(place.at(pattern))] == [place.at(name) for name in matches]
+    assert sorted(info.url for info in place.store.each_match(place.at(pattern))) == [
+        place.at(name) for name in matches
+    ]
 
 
 def test_names_come_back_as_they_are(place: Place) -> None:
@@ -286,7 +289,7 @@ def test_placeholders_of_folders_are_no_files(on_s3: Place, s3: S3Server) -> Non
         s3.client(s3.owner).put_object(Bucket="labels", Key=key, Body=b"")
     on_s3.store.put(on_s3.at("x"), b"")
     only = [on_s3.store.info(on_s3.at("x"))]
-    assert on_s3.store.find(on_s3.url) == on_s3.store.glob(on_s3.at("**")) == only
+    assert on_s3.store.find(on_s3.url) == list(on_s3.store.each_match(on_s3.at("**"))) == only
     assert on_s3.store.starting_with(on_s3.url + "/") == only
     with pytest.raises(NotFound, match="folder"):
         on_s3.store.info(on_s3.at("empty/"))
@@ -298,7 +301,7 @@ def test_long_listings_come_page_by_page(on_s3: Place, pattern: str, monkeypatch
     for name in names:
         on_s3.store.put(on_s3.at(name), b"x")
     monkeypatch.setattr(remote, "LIST_PAGE", 3)
-    assert [info.url for info in on_s3.store.glob(on_s3.at(pattern))] == [on_s3.at(name) for name in names]
+    assert sorted(info.url for info in on_s3.store.each_match(on_s3.at(pattern))) == [on_s3.at(name) for name in names]
 
 
 def test_what_is_too_large_for_one_put_goes_up_in_parts(
@@ -319,7 +322,7 @@ def test_what_is_too_large_for_one_put_goes_up_in_parts(
 def test_a_missing_bucket_is_an_error_that_names_it(connect: Any, s3: S3Server) -> None:
     store = connect(s3.owner)
     began = time.monotonic()
-    for ask in (store.find, store.glob, store.starting_with, store.read, store.delete):
+    for ask in (store.find, lambda url: list(store.each_match(url)), store.starting_with, store.read, store.delete):
         with pytest.raises(ConfigError, match=r"s3://no-such-bucket.*does not exist"):
             ask("s3://no-such-bucket/raw*")
     for write in (store.put, store.put_if_absent):
@@ -360,7 +363,7 @@ def test_a_job_can_do_what_it_may_and_no_more(connect: Any, s3: S3Server) -> Non
     assert job.read("s3://raw/x.tar") == b"content"
     job.delete("s3://labels/mine")
     assert job.put_if_absent("s3://labels/mine", b"x")
-    for act in (job.info, job.read, job.find, job.glob, job.delete):
+    for act in (job.info, job.read, job.find, lambda url: list(job.each_match(url)), job.delete):
         with pytest.raises(AccessDenied, match="s3://private"):
             act("s3://private/x.tar")
     for act in (job.delete, lambda url: job.put(url, b""), lambda url: job.put_if_absent(url, b"")):

@@ -59,7 +59,9 @@ def _digits(folder: Path) -> RunReport:
     say(f"accuracy on the held-out part: [bold]{right / len(samples):.1%}[/] ({right} of {len(samples)})")
     samples.sort(key=lambda sample: (not sample.is_wrong, sample.score))
     picture = folder / "digits.png"
-    save_grid(picture, samples[:DOUBTFUL] + samples[DOUBTFUL :: len(samples) // (PICTURES - DOUBTFUL)][: PICTURES - 8])
+    save_grid(
+        picture, samples[:DOUBTFUL] + samples[DOUBTFUL :: len(samples) // (PICTURES - DOUBTFUL)][: PICTURES - DOUBTFUL]
+    )
     _say_where(folder / "labels", picture)
     return report
 

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from pipeline.backends import FileInfo
 from pipeline.config import Input
 from pipeline.errors import NotFound, Reject, SourceChanged
 from pipeline.inputs import samples
@@ -18,7 +19,8 @@ from pipeline.inputs.samples import Content, Items, too_large
 from pipeline.inputs.shards import Shard, printable, relative
 from pipeline.inputs.tars import read_tar
 from pipeline.rows import Kind, Row
-from pipeline.storage import FileInfo, Store, is_local
+from pipeline.storage import Store
+from pipeline.urls import is_local
 
 FILES_AHEAD = 16
 

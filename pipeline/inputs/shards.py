@@ -13,24 +13,25 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from pipeline.backends import FileInfo
 from pipeline.config import Input, digest
 from pipeline.config_errors import has_secret
 from pipeline.errors import ConfigError, NotFound, SourceChanged, redact
-from pipeline.storage import (
-    FileInfo,
-    Store,
+from pipeline.storage import Store, side_by_side
+from pipeline.urls import (
     absolute,
     canonical,
     is_local,
+    is_pattern,
     is_relative,
     local_path,
     split_pattern,
+    stripped,
     within,
 )
 
@@ -51,7 +52,6 @@ SUFFIXES: dict[ShardKind, tuple[str, ...]] = {
     "files": IMAGE_SUFFIXES,
 }
 URL_LIST_SUFFIX = ".txt"
-LISTINGS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +90,7 @@ def discover(config: Input, store: Store, keep: Keep | None = None, output: str 
     found = _Found(config, keep, output)
     empty: list[str] = []
     urls = list(dict.fromkeys(_expand_lists(config.urls, store, empty)))
-    with ThreadPoolExecutor(LISTINGS_AT_ONCE) as pool:
-        empty += [said for said in pool.map(lambda url: found.take(_listing(url, store)), urls) if said]
+    empty += [said for said in side_by_side(lambda url: found.take(_listing(url, store)), urls) if said]
     if not config.allow_empty and (empty or not urls):
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
         raise ConfigError(
@@ -206,7 +205,7 @@ def _expand_lists(urls: Iterable[str], store: Store, empty: list[str]) -> Iterat
     """The URLs, with a text file replaced by its lines; a line that is no URL and no absolute path is meant relative
     to the text file's own folder. Files without a line are added to `empty`."""
     for url in urls:
-        if not url.endswith(URL_LIST_SUFFIX) or _is_pattern(url):
+        if not url.endswith(URL_LIST_SUFFIX) or is_pattern(url):
             yield url
             continue
         folder = canonical(url).rpartition("/")[0]
@@ -242,26 +241,13 @@ def _lines(url: str, store: Store) -> list[str]:
 
 
 def _listing(url: str, store: Store) -> _Listing:
-    if _is_pattern(url):
-        return _Listing(url, "pattern", _folder(split_pattern(canonical(absolute(url)))[0]), store.each_match(url))
+    if is_pattern(url):
+        return _Listing(url, "pattern", stripped(split_pattern(canonical(absolute(url)))[0]), store.each_match(url))
     if not url.endswith("/"):
         with suppress(NotFound):
             file = store.info(url)
             return _Listing(url, "file", file.url.rpartition("/")[0], [file])
-    return _Listing(url, "folder", _folder(canonical(url)), store.each_below(url))
-
-
-def _is_pattern(url: str) -> bool:
-    """Where there is a file or a folder of that very name, such as `photos [2026]`, it is meant itself."""
-    if not split_pattern(url)[1]:
-        return False
-    return not (is_local(url) and os.path.exists(local_path(url)))  # noqa: PTH110 - false for what no path can be
-
-
-def _folder(url: str) -> str:
-    """Without slashes at its end, except those of `file://` itself."""
-    protocol, _, path = url.partition("://")
-    return f"{protocol}://{path.rstrip('/')}"
+    return _Listing(url, "folder", stripped(canonical(url)), store.each_below(url))
 
 
 def _kind(listing: _Listing, file: FileInfo, wanted: ShardKind | Literal["auto"]) -> ShardKind | None:

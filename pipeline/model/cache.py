@@ -19,10 +19,10 @@ from typing import Any
 
 from filelock import FileLock
 
-from pipeline.backends import expanded
 from pipeline.config import Storage, digest
 from pipeline.errors import AccessDenied, ConfigError, FatalError, WeightsError, clean, redact, translate
 from pipeline.storage import Store
+from pipeline.urls import expanded
 
 CHUNK = 8 * 2**20  # bytes
 MAX_WEIGHTS_BYTES = 16 * 2**30  # more than any network needs; a server could go on sending for ever

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.backends import expanded
 from pipeline.config import Storage
 from pipeline.errors import ConfigError, redact
 from pipeline.storage import Store
+from pipeline.urls import expanded
 
 
 def class_names(given: list[str] | str | None, directory: Path | None, storage: Storage) -> tuple[str, ...] | None:

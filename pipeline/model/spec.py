@@ -15,7 +15,7 @@ from pipeline.model.catalog import ARCHITECTURES, NUM_IMAGENET_CLASSES, architec
 from pipeline.model.classes import check_count, class_names, find_file
 from pipeline.model.source import Source, locate
 from pipeline.rows import Columns
-from pipeline.storage import is_local, is_relative, local_path
+from pipeline.urls import is_local, is_relative, local_path
 
 FILE_SUFFIXES = (".pth", ".pt", ".th", ".ckpt", ".bin", ".tar", ".safetensors")  # .pth.tar among them
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import digest
-from pipeline.errors import ConfigError, clean
+from pipeline.errors import ConfigError, FatalError, PipelineError, clean
 from pipeline.model.cache import cache_directory, lock
 from pipeline.model.engines import OutOfMemory, Outputs, PixelBatch, num_cores
 from pipeline.model.network import Network
@@ -36,7 +36,9 @@ WARM_UP_SIZE = 64  # pixels, where images come in sizes of their own
 log = logging.getLogger(__name__)
 
 # What CUDA's libraries say where there is no memory for their own use.
-NO_MEMORY = re.compile("unable to find an engine to execute|STATUS_ALLOC_FAILED")
+NO_MEMORY = re.compile(
+    "unable to find an engine to execute|STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED|CUDA error: out of memory"
+)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -131,9 +133,22 @@ def load_eager(spec: ModelSpec, device: str, threads: int | None) -> TorchEngine
         raise
     except Exception as cause:  # noqa: BLE001 - some look at how their weights lie in memory, or at their type
         log.warning("%s is computed as it is, which may be slower than in channels_last: %s", spec.name, clean(cause))
+        engine = _as_it_is(spec, device, dtype, side, threads)
+    return engine
+
+
+def _as_it_is(spec: ModelSpec, device: str, dtype: torch.dtype | None, side: int, threads: int | None) -> TorchEngine:
+    try:
         with memory_errors():
             engine = TorchEngine(_built(spec, device, threads).to(device), torch.device(device), dtype)
         engine(np.zeros((2, side, side, 3), np.uint8))
+    except (OutOfMemory, PipelineError):
+        raise
+    except Exception as cause:
+        raise FatalError(
+            f"the network {spec.name} does not run on {device} in {spec.precision}: {clean(cause)}. Let it make its"
+            " tensors where its input is, or set runtime.device=cpu and model.precision=float32."
+        ) from cause
     return engine
 
 

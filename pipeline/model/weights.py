@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from pipeline.errors import WeightsError, clean, redact
 from pipeline.model.cache import check_sha256, fetch, file_sha256, lock
 from pipeline.model.spec import ModelSpec, suffix_of
-from pipeline.storage import is_local
+from pipeline.urls import is_local
 
 log = logging.getLogger(__name__)
 

@@ -64,7 +64,6 @@ class CommitContext:
 
 @dataclass(frozen=True)
 class Committed:
-    number: int
     predicted: int
     errors: int
     num_bytes: int
@@ -118,7 +117,7 @@ def commit_shard(
 
         steps = commit_steps(task.shard_id, task.fingerprint, merge.num_errors > 0, task.retires, task.replaces)
         is_ours = run_steps(steps, perform)
-        return Committed(task.number, footer.predicted, footer.errors, part.stat().st_size, is_ours)
+        return Committed(footer.predicted, footer.errors, part.stat().st_size, is_ours)
 
 
 def _write(path: Path, schema: pa.Schema, rows: Iterator[pa.Table], footer: Footer) -> None:

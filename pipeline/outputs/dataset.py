@@ -25,10 +25,12 @@ from pipeline.outputs.ledger import (
     Standing,
     Standings,
     claim_steps,
+    marks_by_shard,
     run_steps,
 )
 from pipeline.outputs.schema import FORMAT_VERSION, Footer, errors_schema
-from pipeline.storage import Store, canonical, join
+from pipeline.storage import Store, side_by_side
+from pipeline.urls import canonical, join
 
 PARQUET = ".parquet"
 IDENTITY = "_dataset.json"
@@ -80,8 +82,7 @@ class Dataset:
                 return self.read_mark(mark)
             return None
 
-        with ThreadPoolExecutor(16) as pool:
-            return [body for body in pool.map(read, marks) if body is not None]
+        return [body for body in side_by_side(read, marks) if body is not None]
 
     def read_footer(self, folder: str, shard_id: str) -> Footer:
         """What a part or an errors part says about itself."""
@@ -103,8 +104,7 @@ class Dataset:
 
     def footers_of(self, standing: Mapping[str, Standing]) -> dict[str, list[Footer]]:
         """`footers` of many shards by id, 16 at a time."""
-        with ThreadPoolExecutor(16) as pool:
-            return dict(zip(standing, pool.map(self.footers, standing.keys(), standing.values()), strict=True))
+        return dict(zip(standing, side_by_side(lambda item: self.footers(*item), standing.items()), strict=True))
 
     @contextmanager
     def errors_part(self, shard_id: str) -> Iterator[pq.ParquetFile]:
@@ -271,7 +271,7 @@ class Dataset:
             return None
 
 
-def make_identity(model: Identity, model_fingerprint: str, classes: list[str] | None, num_classes: int) -> Identity:
+def make_identity(model: Identity, model_fingerprint: str, classes: Sequence[str] | None, num_classes: int) -> Identity:
     """The content of `_dataset.json`. `model` are the components behind the fingerprint; no run ids, no times."""
     identity: Identity = {
         "format_version": FORMAT_VERSION,
@@ -317,16 +317,6 @@ def _name(url: str) -> str:
 
 def _marks(names: Iterable[str]) -> Iterator[Mark]:
     return (mark for name in names if (mark := Mark.parse(name)) is not None)
-
-
-def marks_by_shard(marks: Iterable[Mark]) -> dict[str, str]:
-    """Shard id to `<fingerprint>.<commit>`, several joined by `/`."""
-    found: dict[str, str] = {}
-    for mark in marks:
-        text = f"{mark.fingerprint}.{mark.commit}"
-        others = found.get(mark.shard_id)
-        found[mark.shard_id] = text if others is None else f"{others}/{text}"
-    return found
 
 
 def _parts(files: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
@@ -375,8 +365,7 @@ def read_table(dataset: Dataset, folder: str, columns: Sequence[str] | None = No
             # Several are read at once anyway, and a process that ends while pyarrow's own threads do may be aborted.
             return part.read(wanted, use_threads=False).select(wanted).replace_schema_metadata()
 
-    with ThreadPoolExecutor(8) as pool:
-        tables = list(pool.map(lambda name: undisturbed(partial(rows, name)), dataset.part_ids(folder)))
+    tables = side_by_side(lambda name: undisturbed(partial(rows, name)), dataset.part_ids(folder), at_once=8)
     found = [table for table in tables if table is not None]
     if found:
         return pa.concat_tables(found)

@@ -19,7 +19,7 @@ Whatever else is found is done again: same rows, same names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -73,9 +73,22 @@ class Standing:
         return mark.fingerprint if mark else None
 
 
+NOTHING = Standing()
+
+
 def commit_hash(part: str, errors: str | None) -> str:
     """What a mark vouches for: the versions of a part and of an errors part, or that there is none."""
     return digest([part, errors])
+
+
+def marks_by_shard(marks: Iterable[Mark]) -> dict[str, str]:
+    """Shard id to `<fingerprint>.<commit>`, several joined by `/`."""
+    found: dict[str, str] = {}
+    for mark in marks:
+        text = f"{mark.fingerprint}.{mark.commit}"
+        others = found.get(mark.shard_id)
+        found[mark.shard_id] = text if others is None else f"{others}/{text}"
+    return found
 
 
 class Standings(Mapping[str, Standing]):
@@ -83,7 +96,7 @@ class Standings(Mapping[str, Standing]):
     for."""
 
     def __init__(self, marks: Mapping[str, str], parts: Mapping[str, str], errors: Mapping[str, str]) -> None:
-        """`marks`: see `dataset.marks_by_shard`; `parts`, `errors`: shard id to version."""
+        """`marks`: see `marks_by_shard`; `parts`, `errors`: shard id to version."""
         self._marks, self._parts, self._errors = marks, parts, errors
 
     def __getitem__(self, shard_id: str) -> Standing:
@@ -91,7 +104,7 @@ class Standings(Mapping[str, Standing]):
         # In an order, since listings have none: what is shown here is compared with what stands later.
         marks = tuple(Mark(shard_id, *mark.split(".")) for mark in sorted(found.split("/"))) if found else ()
         standing = Standing(marks, self._parts.get(shard_id), self._errors.get(shard_id))
-        if standing == Standing():
+        if standing == NOTHING:
             raise KeyError(shard_id)
         return standing
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.rows import Columns
+from pipeline.rows import VERDICT, Columns
 
 FORMAT_VERSION = "1"
 ROWS_PER_GROUP = 8192
@@ -31,18 +31,7 @@ def part_schema(columns: Columns) -> pa.Schema:
 
 def errors_schema() -> pa.Schema:
     """The schema of `errors/`. `key`, `bytes_sha256` and `num_bytes` are null where they are not known."""
-    return pa.schema(
-        [
-            ("key", pa.string()),
-            ("shard", pa.string()),
-            ("index", pa.int64()),
-            ("stage", pa.string()),
-            ("error", pa.string()),
-            ("message", pa.string()),
-            ("bytes_sha256", pa.string()),
-            ("num_bytes", pa.int64()),
-        ]
-    )
+    return pa.schema([("key", pa.string()), ("shard", pa.string()), ("index", pa.int64()), *VERDICT])
 
 
 @dataclass(frozen=True, slots=True)

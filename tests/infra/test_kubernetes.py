@@ -329,6 +329,29 @@ def test_the_base_holds_every_file_that_a_pod_reads(rayjob: dict[str, Any], nigh
         assert {path.name for path in paths} <= set(maps[volume["configMap"]["name"]])
 
 
+def test_the_pod_that_looks_is_the_jobs_own(rayjob: dict[str, Any]) -> None:
+    (pod,) = documents("look.yaml")
+    validate(pod)
+    workers = ray_pods(rayjob)["gpu"]["spec"]
+    assert list(restricted(pod["spec"])) == []
+    for name in ("serviceAccountName", "automountServiceAccountToken", "securityContext"):
+        assert pod["spec"][name] == workers[name]
+    (container,), (worker,) = pod["spec"]["containers"], workers["containers"]
+    assert (container["image"], container["securityContext"]) == (worker["image"], worker["securityContext"])
+    dataset = load_config(FOLDER / "nightly.yaml").output.url
+    assert container["command"] == [
+        "resnet-batch",
+        "status",
+        dataset,
+        "--config",
+        rayjob["spec"]["entrypoint"].split()[-1],
+    ]
+    head = ray_pods(rayjob)["head"]["spec"]
+    assert pod["spec"]["volumes"] == head["volumes"]
+    assert container["volumeMounts"] == head["containers"][0]["volumeMounts"]
+    assert "look.yaml" not in documents("kustomization.yaml")[0]["resources"]
+
+
 def test_the_base_has_no_namespace_and_a_misspelt_key_is_found() -> None:
     (document,) = documents("kustomization.yaml")
     assert not re.search(r"^\s*namespace:", "".join(p.read_text() for p in FOLDER.glob("*.yaml")), re.MULTILINE)

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.backends import FileInfo
 from pipeline.inputs.shards import current_fingerprint, group_files, relative
-from pipeline.storage import FileInfo, Store
+from pipeline.storage import Store
 from tests.inputs.discovery import NO_UTF8, found, paths, touch
 
 ROOT = "file:///photos"

@@ -210,7 +210,7 @@ def test_damaged_page_keeps_the_rows_before_it(pages: bytes, tmp_path: Path) -> 
     assert kept == [(str(n), noise[n * 500 : (n + 1) * 500]) for n in range(len(kept))]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4), st.booleans())
 def test_any_parquet_bytes_are_accounted_for(
     pages: bytes, tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[float, int]], in_footer: bool

@@ -21,7 +21,7 @@ transforms = st.builds(
     interpolation=st.sampled_from(["nearest", "bilinear", "bicubic", "lanczos"]),
 )
 # The same examples every time, and no files beside the tests.
-plan = settings(derandomize=True, database=None, deadline=None, max_examples=150)
+plan = settings(derandomize=True, database=None, max_examples=150)
 
 
 @plan

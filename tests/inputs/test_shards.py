@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from pipeline.config import Input, make_config
 from pipeline.errors import ConfigError, SourceChanged
 from pipeline.inputs.shards import current_fingerprint, discover, relative, shard_id
-from pipeline.storage import Store, with_absolute_urls
+from pipeline.storage import Store
+from pipeline.urls import with_absolute_urls
 from tests.inputs.discovery import NO_UTF8, found, names, paths, touch
 
 # --- Ids -----------------------------------------------------------------------------------------------------------

@@ -362,7 +362,7 @@ def test_a_size_that_a_disk_may_have_is_skipped_or_cut_off(packed: Pack) -> None
 changes = st.lists(st.tuples(st.integers(0, 6000), st.binary(min_size=1, max_size=12)), min_size=1, max_size=4)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(changes, st.booleans(), st.integers(0, 6000))
 def test_any_bytes_are_accounted_for(
     tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, bytes]], is_gzip: bool, length: int

@@ -13,10 +13,8 @@ from tests.support.arena import Arena, arena
 from tests.support.chaos import Round, command_of, play
 
 ROUNDS = {
-    71: "kill reader, kill predictor",
-    290: "kill node",
-    320: "kill committer, kill driver",
-    130: "suspend predictor",
+    3405: "kill node, kill predictor, kill reader",
+    9824: "kill driver, suspend predictor, kill committer",
 }
 
 

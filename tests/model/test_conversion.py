@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import ConfigError, WeightsError
+from pipeline.errors import ConfigError, FatalError, WeightsError
 from pipeline.model.engines import OutOfMemory, Unconvertible, load_engine
 from pipeline.model.openvino_engine import converted
 from pipeline.model.zoo import build, resolve
@@ -153,6 +153,19 @@ def test_whatever_a_network_raises_about_how_its_weights_lie_it_runs_as_it_is(cu
     assert "net:Net is computed as it is" in caplog.text
 
 
+def test_a_network_that_does_not_run_where_it_must_is_a_sentence(custom):
+    """As one that makes its tensors on the CPU does on a GPU: it is built and tried on a CPU, in float32."""
+    text = """
+        class Net(Base):
+            def forward(self, x):
+                assert not torch.is_autocast_enabled("cpu"), "not on this device"
+                return self.fc(self.features(x))
+    """
+    spec = custom(text, precision="bfloat16")
+    with pytest.raises(FatalError, match=r"net:Net does not run on cpu in bfloat16: .*not on this device.*its tensors"):
+        load_engine("eager", spec, resolve(spec), "cpu", 3)
+
+
 def test_memory_that_does_not_suffice_is_no_reason_to_load_a_network_again(custom):
     spec = custom("""
         class Net(Base):
@@ -236,6 +249,8 @@ def test_what_a_networks_code_sets_for_training_does_not_hold_for_its_results(cu
             torch.backends.cudnn.deterministic = False
             torch.backends.mkldnn.conv.fp32_precision = "bf16"
             torch.backends.cudnn.fp32_precision = "tf32"
+            torch.backends.cuda.matmul.allow_fp16_accumulation = True
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
             torch.set_float32_matmul_precision("medium")
             torch.set_num_threads(3)
         hasten()
@@ -252,3 +267,7 @@ def test_what_a_networks_code_sets_for_training_does_not_hold_for_its_results(cu
         assert torch.get_float32_matmul_precision() == "highest"
         assert (cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic) == (False, False, True)
         assert torch.backends.mkldnn.conv.fp32_precision == "none"
+        matmul = torch.backends.cuda.matmul
+        assert not matmul.allow_fp16_accumulation
+        assert not matmul.allow_bf16_reduced_precision_reduction
+        assert not matmul.allow_fp16_reduced_precision_reduction

@@ -87,7 +87,7 @@ def by_index(pieces: pa.Table) -> dict[tuple[int, int], dict[str, Any]]:
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 200), min_size=1, max_size=11), st.sets(st.integers(0, 10), max_size=3), st.booleans())
 def test_only_the_images_that_kill_become_error_rows(colours: list[int], poisons: set[int], encoded: bool) -> None:
     """Whoever dies of them: here what decodes on the device, where there is that, and else the network."""

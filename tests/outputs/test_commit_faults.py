@@ -118,7 +118,7 @@ def readers_look(datasets: list[Dataset], allowed: list[Content]) -> Iterator[No
     def look() -> None:
         while not over.is_set():
             for dataset in datasets:
-                for info in dataset.store.glob(dataset.path("data", "*.parquet")):
+                for info in dataset.store.each_match(dataset.path("data", "*.parquet")):
                     keys = set(pq.read_table(io.BytesIO(dataset.store.read(info.url)))["key"].to_pylist())
                     seen.add(len(keys))
                     if keys not in [content.keys for content in allowed]:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.outputs.dataset import marks_by_shard
-from pipeline.outputs.ledger import Mark, Standing, Standings, commit_hash
+from pipeline.outputs.ledger import Mark, Standing, Standings, commit_hash, marks_by_shard
 
 HEX = st.text("0123456789abcdef", min_size=16, max_size=16)
 SHARD_IDS = st.text("abzABZ019.-", min_size=1, max_size=97).filter(lambda name: not name.startswith("."))
 
 
-@settings(deadline=None)
 @given(shard_id=SHARD_IDS, fingerprint=HEX, commit=HEX)
 def test_a_mark_is_its_file_name(shard_id: str, fingerprint: str, commit: str):
     mark = Mark(shard_id, fingerprint, commit)

@@ -113,7 +113,7 @@ def in_order(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
     return written(tmp_path_factory.mktemp("in order"), [piece(BOTH, 0, range(SIZE), FAILED)])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(pieces=partitions())
 def test_a_part_depends_on_its_rows_alone(
     pieces: list[pa.Table], in_order: tuple[bytes, bytes], tmp_path_factory: pytest.TempPathFactory

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.outputs.progress import Abandon, Commit, Decision, Progress, Receipt
@@ -46,7 +46,6 @@ def readings(draw: st.DrawFn) -> tuple[list[int], list[Receipt]]:
     return sizes, draw(st.permutations(receipts + again))
 
 
-@settings(deadline=None)
 @given(readings())
 def test_each_shard_is_committed_once_and_exactly_when_it_is_complete(case: tuple[list[int], list[Receipt]]):
     sizes, receipts = case
@@ -154,7 +153,6 @@ def test_an_abandoned_predecessor_gives_up_its_dependents_too():
     assert progress.unsettled() == []
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32))
 def test_no_shard_is_committed_before_the_one_it_waits_for(seed: int):
     choice = random.Random(seed)

@@ -169,7 +169,7 @@ RECIPES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 def test_a_recipe_of_the_docs_runs(recipe: str, labels: Path, datasets: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(labels.parent)
     names: dict[str, Any] = {}
-    exec(recipe.replace("512", str(DIM)), names)
+    exec(recipe.replace("2048", str(DIM)), names)
     rows = names.get("vectors", names.get("rows"))
     assert rows is None or 0 < len(rows) <= len(GOOD) * 2
 

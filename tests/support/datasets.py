@@ -25,7 +25,8 @@ from pipeline.outputs.schema import Footer, write_parquet
 from pipeline.planning import Plan, Task
 from pipeline.rows import Kind
 from pipeline.running import new_report
-from pipeline.storage import Store, with_absolute_urls
+from pipeline.storage import Store
+from pipeline.urls import with_absolute_urls
 
 
 def commit_all(config: Mapping[str, Any] | JobConfig, run_id: str | None = None) -> Dataset:
