@@ -46,6 +46,9 @@ class Notes:
     def spend(self, spent: Spent) -> None:
         pass
 
+    def die(self, reason: str) -> None:
+        """End this process, if another one takes its place and does the work again."""
+
 
 class Deaths:
     """The book that the notes are written into, as a pure function of what is noted and of the fates of processes.

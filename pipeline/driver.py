@@ -23,6 +23,7 @@ from ray.exceptions import (
     RayError,
 )
 
+from pipeline import witness
 from pipeline.budget import ErrorBudget
 from pipeline.cluster import Cluster
 from pipeline.config import JobConfig
@@ -49,7 +50,6 @@ STOP_GRACE_S = 20.0
 PUMP_GRACE_S = 5.0
 ASK_S = 10.0
 FETCH_S = 600.0  # in which a lost piece may have to be made again
-SILENCE_S = 60.0  # before the first rows
 # Arrow's usual allocator, mimalloc, takes pages of 2 MB for each thread that commits and gives them back after every
 # commit: clearing them took as long as all the rest of it.
 ALLOCATOR = next(name for name in ("jemalloc", "system") if name in pa.supported_memory_backends())
@@ -138,7 +138,7 @@ class Run:
         self._turn = 0
         self._began = time.monotonic()
         self._first_rows_at: float | None = None
-        self._is_said, self._num_cpus = False, cluster.num_cpus
+        self._is_said = False
         self._write_s = 0.0  # in which nothing could go on but commits
         self._bundles: queue.Queue[Any] = queue.Queue(maxsize=64)
         self._stopping = threading.Event()
@@ -189,16 +189,11 @@ class Run:
         )
 
     def _say_if_nothing_comes(self) -> None:
-        """Once. A network that loads for ever and cores that others hold look alike from here."""
-        if self._first_rows_at or self._is_said or time.monotonic() - self._began < SILENCE_S:
+        """Once."""
+        if self._first_rows_at or self._is_said or time.monotonic() - self._began < witness.SILENCE_S:
             return
         self._is_said = True
-        with suppress(RayError):
-            log.warning(
-                "no rows after %.0f s: a network is still loading, the input is slow, or others hold what is needed"
-                " (%g of %d CPUs are free; `ray status` tells more)",
-                *(SILENCE_S, ray.available_resources().get("CPU", 0), self._num_cpus),
-            )
+        witness.say_what_is_free("no rows")
 
     def _end_execution(self) -> None:
         """In a cluster that goes on, an execution that nobody reads any more would keep its actors."""

@@ -28,6 +28,7 @@ from pipeline.rows import Row
 from pipeline.storage import Store
 
 READ_TASK_BYTES = 64 * 2**20
+GPU_TASK_BYTES = 8 * READ_TASK_BYTES  # batches are as many times as large there, and what ends a task fills none
 
 Chunk = list[tuple[int, Task]]  # consecutive tasks of a plan, with their places in it
 
@@ -35,9 +36,10 @@ Chunk = list[tuple[int, Task]]  # consecutive tasks of a plan, with their places
 def pieces(tasks: Sequence[Task], job: Job, cluster: Cluster, notes: Notes) -> Dataset:
     """Shards to pieces. With fewer shards than cores, decoding is a map of its own, so that one large tar uses all
     cores; else it happens where the shard is read and no bytes travel."""
+    chunks = _chunks(tasks, cluster.num_cpus, GPU_TASK_BYTES if job.num_gpus else READ_TASK_BYTES)
     with DataContext.current(_context(job)):
         if len(tasks) < cluster.num_cpus:
-            shards = _Shards(partial(_samples, reading=job.reading, notes=notes), tasks, cluster.num_cpus)
+            shards = _Shards(partial(_samples, reading=job.reading, notes=notes), chunks)
             samples = _read(shards, WAITING_CPUS)
             pixels = samples.map_batches(
                 _decode_block,  # type: ignore[arg-type]  # it takes more besides
@@ -47,7 +49,7 @@ def pieces(tasks: Sequence[Task], job: Job, cluster: Cluster, notes: Notes) -> D
                 num_cpus=decode_cpus(cluster, job.shares_cores),
             )
         else:
-            shards = _Shards(partial(_pixels, reading=job.reading, notes=notes), tasks, cluster.num_cpus)
+            shards = _Shards(partial(_pixels, reading=job.reading, notes=notes), chunks)
             pixels = _read(shards, decode_cpus(cluster, job.shares_cores))
         # Not map_batches, which insists on a batch size where there is a GPU.
         return pixels.map_batches_internal(
@@ -113,9 +115,9 @@ def _context(job: Job) -> DataContext:
 class _Shards(Datasource):
     """Read tasks over runs of consecutive shards; `blocks` reads one of these runs."""
 
-    def __init__(self, blocks: Callable[[Chunk], Iterator[pa.Table]], tasks: Sequence[Task], cores: int) -> None:
+    def __init__(self, blocks: Callable[[Chunk], Iterator[pa.Table]], chunks: list[Chunk]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._blocks, self.chunks = blocks, _chunks(tasks, cores)
+        self._blocks, self.chunks = blocks, chunks
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -159,11 +161,11 @@ def _decoded(rows: Iterator[Row], reading: Reading, guard: Guard) -> Iterator[pa
     return guard.watch(pixel_blocks(rows, reading.transform, reading.input, reading.rows_per_block, guard))
 
 
-def _chunks(tasks: Sequence[Task], cores: int) -> list[Chunk]:
+def _chunks(tasks: Sequence[Task], cores: int, max_bytes: int) -> list[Chunk]:
     """The numbered tasks in consecutive runs: enough of them for every core, none larger than need be. The first ones
     are of one shard each, so that the first rows come soon."""
     total = sum(task.shard.size for task in tasks)
-    limit = min(READ_TASK_BYTES, total / (4 * cores))
+    limit = min(max_bytes, total / (4 * cores))
     chunks: list[Chunk] = []
     size = 0.0
     for number, task in enumerate(tasks):

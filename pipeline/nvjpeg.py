@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from pipeline.config import Transform
 from pipeline.errors import ConfigError, Reject, clean
-from pipeline.inputs.images import Pixels, decode, orientation_of
+from pipeline.inputs.images import Pixels, decode, size_and_orientation
 from pipeline.inputs.resizing import Array, Orientation, axes
 from pipeline.inputs.stream import pixels_table
 from pipeline.rows import Kind, Row
@@ -79,11 +79,17 @@ class DeviceDecoder:
     def _read(self, images: Sequence[bytes]) -> list[Pixels | Reject]:
         """Together if that works. Else in halves: torchvision says of several images only that one of them failed, and
         where they are too much for the device's memory, half of them may fit."""
+        import torch
+
         try:
             return list(self._read_on_device(images))
         except RuntimeError as cause:  # torch's for what nvJPEG refuses, and for memory
+            if isinstance(cause, torch.AcceleratorError):
+                raise
             reason = clean(cause).split(".")[0]
-        # Not above, where the error would keep what the device holds of these images.
+        # Not above, where the error would keep what the device holds of these images. nvJPEG's own memory is what torch
+        # does not keep for later.
+        torch.cuda.empty_cache()
         if len(images) > 1:
             half = len(images) // 2
             return self._read(images[:half]) + self._read(images[half:])
@@ -102,12 +108,8 @@ class DeviceDecoder:
 
         encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in images]
         with torch.inference_mode(), _own_stream(self.device):
-            pictures = [
-                _upright(picture, orientation_of(data))
-                for picture, data in zip(
-                    decode_jpeg(encoded, ImageReadMode.RGB, device=self.device), images, strict=True
-                )
-            ]
+            decoded = decode_jpeg(encoded, ImageReadMode.RGB, device=self.device)
+            pictures = [_as_said(picture, data) for picture, data in zip(decoded, images, strict=True)]
             arrays = _on_host([_transformed(picture, self.transform) for picture in pictures])
         for picture, array in zip(pictures, arrays, strict=True):
             yield Pixels(array, width=picture.shape[2], height=picture.shape[1])
@@ -151,6 +153,16 @@ def _parts(sizes: np.ndarray) -> Iterator[slice]:
             start, total = place, 0
         total += size
     yield slice(start, len(sizes))
+
+
+def _as_said(picture: Tensor, data: bytes) -> Tensor:
+    """The picture upright. Raises RuntimeError where it has another size than the limits were checked with."""
+    (width, height), orientation = size_and_orientation(data)
+    if picture.shape[1:] != (height, width):
+        raise RuntimeError(
+            f"it has {picture.shape[2]} x {picture.shape[1]} pixels there, {width} x {height} in its header"
+        )
+    return _upright(picture, orientation)
 
 
 def _upright(picture: Tensor, orientation: Orientation) -> Tensor:

@@ -115,6 +115,11 @@ def prepare(
     num_gpus = 1 if cluster.num_gpus and config.runtime.device != "cpu" else 0
     known = _remembered(spec, config) if cluster.is_here and not num_gpus else None
     spec, info, settings = known or _settled_on_a_node(spec, config, num_gpus, shards, meanwhile)
+    if num_gpus and settings.device == "cpu" and not spec.is_noop:
+        log.warning(
+            "Ray offers GPUs, but torch finds no CUDA there, perhaps for an old driver: predicting on CPUs, while every"
+            " actor holds a GPU. Update the driver, or set runtime.device=cpu"
+        )
     actors = config.runtime.actors
     if actors == "auto":
         actors = cluster.num_gpus if num_gpus else cluster.num_nodes
@@ -176,6 +181,4 @@ def _granted(requested: str, on_gpu: bool) -> str:
             return "cuda"
     if requested == "cuda":
         raise ConfigError("runtime.device: cuda was asked for, but no node of this cluster offers a GPU to torch.")
-    if on_gpu:
-        log.warning("Ray granted a GPU, but torch finds no CUDA there: predicting on the CPU")
     return "cpu"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import signal
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -18,7 +21,10 @@ from pipeline.errors import Stopped
 from pipeline.failures import readable
 from pipeline.timing import Spent
 
+log = logging.getLogger(__name__)
+
 LOOK_EVERY_S = 5.0
+SILENCE_S = 60.0  # before it is said what there is to wait for
 STALL_S = 60.0
 MEMORY_KILLS = 5  # within a stall; Ray waits twice as long after each
 OTHER_DEATHS = 100  # more than it takes to find several samples that kill
@@ -70,6 +76,10 @@ class RayNotes(Notes):
 
     def spend(self, spent: Spent) -> None:
         self._witness.spend.remote(spent)
+
+    def die(self, reason: str) -> None:
+        log.error("this worker makes way for another: %s", reason)
+        signal.raise_signal(signal.SIGKILL)
 
 
 def _is_first_attempt() -> bool:
@@ -137,13 +147,30 @@ class Casualties:
 def wait_for(answer: Any) -> Any:
     """`ray.get`, unless those who work on the answer only die. Raises an error of ours for whatever a task raised, or
     its worker died of."""
-    casualties = Casualties()
+    casualties, began, is_said = Casualties(), time.monotonic(), False
     try:
         while not ray.wait([answer], timeout=1)[0]:
             casualties.check()
+            if not is_said and time.monotonic() - began >= SILENCE_S:
+                is_said = True
+                say_what_is_free("no answer of a worker")
         return ray.get(answer)
     except ray.exceptions.RayError as cause:
         raise readable(cause) from cause
+
+
+def say_what_is_free(lacking: str) -> None:
+    """A network that loads for ever and a device that others hold look alike from here."""
+    with suppress(ray.exceptions.RayError):
+        free, there = ray.available_resources(), ray.cluster_resources()
+        log.warning(
+            "%s after %.0f s: a network is still loading, the input is slow, or others hold what is needed"
+            " (%s are free; `ray status` tells more)",
+            *(lacking, SILENCE_S),
+            ", ".join(
+                f"{free.get(kind, 0):g} of {there[kind]:g} {kind}s" for kind in ("CPU", "GPU") if there.get(kind)
+            ),
+        )
 
 
 def _deaths_of_this_job() -> Counter[str]:

@@ -13,7 +13,7 @@ from pipeline.planning import Task
 @given(sizes=st.lists(st.integers(0, 200 * 2**20), min_size=1, max_size=60), cores=st.integers(1, 8))
 def test_every_shard_is_in_one_task_and_the_first_tasks_are_of_one_shard(sizes: list[int], cores: int) -> None:
     tasks = [Task(Shard(f"{n}.tar", str(n), "webdataset", "", size)) for n, size in enumerate(sizes)]
-    chunks = _chunks(tasks, cores)
+    chunks = _chunks(tasks, cores, READ_TASK_BYTES)
     assert [pair for chunk in chunks for pair in chunk] == list(enumerate(tasks))
     assert all(len(chunk) == 1 for chunk in chunks[:cores])
     for chunk in chunks:

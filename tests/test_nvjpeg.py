@@ -145,6 +145,36 @@ def test_what_the_device_does_not_read_a_core_does(
     assert str(error) in said
 
 
+def test_an_image_of_another_size_than_its_header_says_is_for_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By that the limits were checked."""
+    _announce.cache_clear()
+    real = torchvision.io.decode_jpeg
+    monkeypatch.setattr(torchvision.io, "decode_jpeg", lambda *a, **o: [one[:, :-1] for one in real(*a, **o)])
+    (row, _) = decoded([jpeg(60, 50)])
+    assert (row["kind"], row["width"], row["height"]) == (Kind.SAMPLE, 60, 50)
+
+
+def test_after_an_error_that_lasts_nothing_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode_jpeg(*_: Any, **__: Any) -> Any:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torchvision.io, "decode_jpeg", decode_jpeg)
+    with pytest.raises(torch.AcceleratorError):
+        decoded([jpeg(60, 50), jpeg(60, 50)])
+
+
+def test_jpegs_without_luminance_are_for_a_core() -> None:
+    """nvJPEG documents YCbCr alone for three channels. Whether a marker says so or the names of the components."""
+    coded = encode(photo(60, 50), "JPEG", keep_rgb=True)
+    adobe = coded.index(b"\xff\xee")
+    unmarked = coded[:adobe] + coded[adobe + 2 + int.from_bytes(coded[adobe + 2 : adobe + 4], "big") :]
+    for data in (coded, unmarked):
+        assert encoded(data, TRANSFORM, LIMIT) is None
+        (row, _) = decoded([data])
+        assert row["kind"] == Kind.SAMPLE
+    assert encoded(jpeg(60, 50), TRANSFORM, LIMIT) is not None
+
+
 def test_images_are_decoded_together_up_to_a_limit() -> None:
     sizes = np.array([MAX_PIXELS // 2, MAX_PIXELS // 2, 1, MAX_PIXELS * 3, 5, 5])
     assert list(_parts(sizes)) == [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 6)]

@@ -128,13 +128,16 @@ def encoded(data: bytes, transform: Transform, max_pixels: int) -> Pixels | None
         return None
     if not data.rstrip(b"\0").endswith(b"\xff\xd9"):
         return None
+    if image.mode == "RGB" and (image.info.get("adobe_transform") == 0 or [one[0] for one in image.layer] == [*b"RGB"]):
+        return None  # it has no YCbCr, for which a device may take it
     width, height = reversed(image.size) if _orientation(image).swap else image.size
     return Pixels(np.frombuffer(data, np.uint8).reshape(-1, 1), width, height)
 
 
-def orientation_of(data: bytes) -> Orientation:
-    """How a file that `encoded` has let pass is turned upright."""
-    return _orientation(_open(data))
+def size_and_orientation(data: bytes) -> tuple[tuple[int, int], Orientation]:
+    """Of a file that `encoded` has let pass: width and height as stored, and how it is turned upright."""
+    image = _open(data)
+    return image.size, _orientation(image)
 
 
 def _checked(data: bytes, transform: Transform, max_pixels: int) -> ImageFile.ImageFile:

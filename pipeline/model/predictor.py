@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from pipeline.deaths import LONE_DEATHS, SPLIT_AFTER, Notes, killer
 from pipeline.errors import FatalError, PipelineError, Reject, clean
-from pipeline.model.engines import OutOfMemory, load_engine
+from pipeline.model.engines import Engine, OutOfMemory, load_engine
 from pipeline.model.results import Batch, Results, connect
 from pipeline.model.spec import ModelInfo, ModelSpec
 from pipeline.model.turns import Turns
@@ -64,19 +64,36 @@ class ResNetPredictor:
         # One thread has an engine of torch's, whichever thread a block comes in: it does one batch at a time, and torch
         # keeps CUDA graphs and a CPU's worker threads for each thread that computes.
         thread = ThreadPoolExecutor(1, "engine")
-        engine = thread.submit(load_engine, settings.engine, spec, info, settings.device, settings.batch_size).result()
+        engine = thread.submit(self._load, spec, info).result()
         self._compute = connect(engine, settings.device, settings.columns, thread)
         self._turns = Turns()
         self._busy = Busy()
         names = info.classes or [str(number) for number in range(info.num_classes)]
         self._classes = pa.array(names, pa.string())
 
+    def _load(self, spec: ModelSpec, info: ModelInfo) -> Engine:
+        while True:
+            size = self._fits
+            try:
+                return load_engine(self._settings.engine, spec, info, self._settings.device, size)
+            except OutOfMemory as cause:  # of a batch that is computed to compile the network
+                if size == 1:
+                    raise FatalError(
+                        f"{self._settings.device} has not enough memory for {spec.name}: {cause}"
+                    ) from cause
+            self._halve(size)
+
     def __call__(self, block: pa.Table) -> pa.Table:
         """PIXELS to pieces: the columns of `Columns.pieces`, every row of the block once, in any order."""
         if block.num_rows == 0:
             return self._pieces(block)
         with self._busy.work():
-            pieces = self._noted(block)
+            try:
+                pieces = self._noted(block)
+            except Exception as cause:
+                if _is_lasting(cause):
+                    self._notes.die(clean(cause))
+                raise
         if spent := self._busy.take():
             self._notes.spend(spent)
         return pieces
@@ -247,6 +264,12 @@ def _size_refused(cause: Exception) -> Reject:
     if isinstance(cause, OutOfMemory):
         return Reject("predict", "too_large", "the device has too little memory for an image of this size")
     return Reject("predict", "unsupported_size", f"the network fails with an image of this size: {clean(cause)}")
+
+
+def _is_lasting(cause: Exception) -> bool:
+    """Whether all that this process still tries on its device will fail as well: CUDA forgets no error of its kernels.
+    Then another process may do better, and an image that causes it is found as one that kills is."""
+    return type(cause).__name__ == "AcceleratorError"  # torch's, which this module does not import
 
 
 def _is_of_device(cause: Exception) -> bool:

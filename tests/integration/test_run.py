@@ -20,7 +20,7 @@ import ray
 from PIL import Image
 
 import pipeline
-from pipeline import driver
+from pipeline import driver, witness
 from pipeline.config import Transform
 from pipeline.deaths import Notes
 from pipeline.errors import ConfigError, ExitCode, ModelMismatch, TransientError, WeightsError
@@ -57,10 +57,12 @@ def copy(first: Path, tmp_path: Path) -> Path:
 def test_a_run_that_waits_says_so(
     first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr(driver, "SILENCE_S", 0.0)
+    monkeypatch.setattr(witness, "SILENCE_S", 0.0)
     assert pipeline.run(digits_config(first / "shards", tmp_path)).exit_code == ExitCode.COMPLETE
     (said,) = [record.message for record in caplog.records if record.message.startswith("no rows after")]
     assert "of 2 CPUs are free" in said
+    assert witness.wait_for(ray.remote(num_cpus=0)(lambda: time.sleep(2.5)).remote()) is None
+    assert caplog.messages[-1].startswith("no answer of a worker after")
 
 
 def test_every_sample_is_a_row_or_an_error_row(first: Path):

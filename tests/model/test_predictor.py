@@ -177,6 +177,46 @@ def test_a_device_that_is_too_small_gets_smaller_batches(
     assert "out of device memory" in caplog.text
 
 
+@pytest.mark.parametrize("room", [2, 0])
+def test_a_network_that_is_compiled_for_too_large_a_batch_is_compiled_for_half(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def load_engine(*arguments: Any) -> Computing:
+        tried.append(arguments[-1])
+        if tried[-1] > room:
+            raise OutOfMemory("CUDA out of memory")
+        return Computing(colour_engine)
+
+    monkeypatch.setattr(module, "load_engine", load_engine)
+    settings = PredictorSettings("compile", "cpu", BATCH, COLUMNS)
+    if not room:
+        with pytest.raises(FatalError, match=r"has not enough memory for resnet50: CUDA out of memory"):
+            ResNetPredictor(SPEC, INFO, settings)
+        return
+    found = ResNetPredictor(SPEC, INFO, settings)(block_of([1, 2, 3]))
+    assert tried == [BATCH, 2]
+    assert by_index(found) == by_index(load(monkeypatch, colour_engine)(block_of([1, 2, 3])))
+
+
+def test_a_process_whose_device_is_in_trouble_for_good_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    said: list[str] = []
+
+    class Kept(Notes):
+        def die(self, reason: str) -> None:
+            said.append(reason)
+
+    def engine(pixels: np.ndarray) -> Any:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(torch.AcceleratorError):
+        load(monkeypatch, engine, Kept())(block_of([1]))
+    assert len(said) == 1
+
+
 def test_a_device_that_holds_not_one_image_ends_the_run_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def engine(pixels: np.ndarray) -> Any:
         raise OutOfMemory("CUDA out of memory")
@@ -239,6 +279,7 @@ def test_a_network_that_fails_with_all_images_ends_the_run_with_a_sentence(
     [
         ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB"),
         ("AcceleratorError", "CUDNN_STATUS_ALLOC_FAILED"),
+        ("AcceleratorError", "CUDA error: out of memory"),
         ("RuntimeError", "GET was unable to find an engine to execute this computation"),
     ],
 )
