@@ -66,7 +66,8 @@ class Transform(Section):
 
     `resize` is the length of the short side and `crop` the side of the central square, both in pixels; `None`
     leaves the step out. `mean` and `std` are per RGB channel on the 0..1 scale. `decode: reference` reads and
-    resizes exactly as Pillow and the torchvision preset do; `fast` is within one level of it (docs/numerics.md);
+    resizes exactly as Pillow and the torchvision preset do; `fast` is within two levels of it, and of JPEGs
+    that it reads at a part of their size the cosine of the embeddings is kept (docs/numerics.md);
     `nvjpeg` has a GPU do it to JPEGs.
     """
 

@@ -86,7 +86,7 @@ def count_errors(dataset: Dataset, chosen: Collection[str] = ()) -> DeadLetters:
     for name, found in zip(names, counted, strict=True):
         if isinstance(found, FatalError):
             result.problems.append(str(found))
-        elif found is not None and found[1]:
+        elif found is not None:
             result.shards.append(_shard_errors(name, *found))
             total += found[1]
     result.rows = total.total()
@@ -110,16 +110,16 @@ def _by_rows(item: tuple[tuple[str, str], int]) -> tuple[int, tuple[str, str]]:
 def _count(
     dataset: Dataset, name: str, chosen: Collection[str]
 ) -> tuple[str, Counter[tuple[str, str]]] | FatalError | None:
-    """The shard's URL and its counts by stage and class; None if its errors part has gone since it was listed."""
+    """The shard's URL and its counts by stage and class; None without such rows, or if its part has gone meanwhile."""
 
-    def count() -> tuple[str, Counter[tuple[str, str]]]:
+    def count() -> tuple[str, Counter[tuple[str, str]]] | None:
         counts = Counter[tuple[str, str]]()
         with dataset.errors_part(name) as part:
             url = Footer.of(part.schema_arrow).shard
             for batch in part.iter_batches(columns=["stage", "error"], use_threads=False):
                 pairs = zip(batch["stage"].to_pylist(), batch["error"].to_pylist(), strict=True)
                 counts.update((stage, error) for stage, error in pairs if not chosen or error in chosen)
-        return url, counts
+        return (url, counts) if counts else None
 
     try:
         return undisturbed(count)

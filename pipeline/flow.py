@@ -36,7 +36,7 @@ Chunk = list[tuple[int, Task]]  # consecutive tasks of a plan, with their places
 def pieces(tasks: Sequence[Task], job: Job, cluster: Cluster, notes: Notes) -> Dataset:
     """Shards to pieces. With fewer shards than cores, decoding is a map of its own, so that one large tar uses all
     cores; else it happens where the shard is read and no bytes travel."""
-    chunks = _chunks(tasks, cluster.num_cpus, GPU_TASK_BYTES if job.num_gpus else READ_TASK_BYTES)
+    chunks = _chunks(tasks, cluster.num_cpus, GPU_TASK_BYTES if job.settings.device == "cuda" else READ_TASK_BYTES)
     with DataContext.current(_context(job)):
         if len(tasks) < cluster.num_cpus:
             shards = _Shards(partial(_samples, reading=job.reading, notes=notes), chunks)

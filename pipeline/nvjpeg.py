@@ -21,8 +21,9 @@ import pyarrow as pa
 from pipeline.config import Transform
 from pipeline.errors import ConfigError, Reject, clean
 from pipeline.inputs.images import Pixels, decode, size_and_orientation
-from pipeline.inputs.resizing import Array, Orientation, axes
+from pipeline.inputs.resizing import Array, axes
 from pipeline.inputs.stream import pixels_table
+from pipeline.model.engines import OutOfMemory
 from pipeline.rows import Kind, Row
 
 if TYPE_CHECKING:
@@ -81,15 +82,16 @@ class DeviceDecoder:
         where they are too much for the device's memory, half of them may fit."""
         import torch
 
+        from pipeline.model.torch_engine import memory_errors
+
         try:
-            return list(self._read_on_device(images))
-        except RuntimeError as cause:  # torch's for what nvJPEG refuses, and for memory
-            if isinstance(cause, torch.AcceleratorError):
-                raise
+            with memory_errors():
+                return self._read_on_device(images)
+        except torch.AcceleratorError:  # after which nothing goes well in this process
+            raise
+        except (RuntimeError, OutOfMemory) as cause:  # torch's for what nvJPEG refuses, and for memory
             reason = clean(cause).split(".")[0]
-        # Not above, where the error would keep what the device holds of these images. nvJPEG's own memory is what torch
-        # does not keep for later.
-        torch.cuda.empty_cache()
+        # Not above, where the error would keep what the device holds of these images.
         if len(images) > 1:
             half = len(images) // 2
             return self._read(images[:half]) + self._read(images[half:])
@@ -102,17 +104,23 @@ class DeviceDecoder:
         except Reject as reject:
             return reject
 
-    def _read_on_device(self, images: Sequence[bytes]) -> Iterator[Pixels]:
+    def _read_on_device(self, images: Sequence[bytes]) -> list[Pixels | Reject]:
         import torch
         from torchvision.io import ImageReadMode, decode_jpeg
 
         encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in images]
         with torch.inference_mode(), _own_stream(self.device):
             decoded = decode_jpeg(encoded, ImageReadMode.RGB, device=self.device)
-            pictures = [_as_said(picture, data) for picture, data in zip(decoded, images, strict=True)]
-            arrays = _on_host([_transformed(picture, self.transform) for picture in pictures])
-        for picture, array in zip(pictures, arrays, strict=True):
-            yield Pixels(array, width=picture.shape[2], height=picture.shape[1])
+            pictures = [_upright(picture, data) for picture, data in zip(decoded, images, strict=True)]
+            arrays = iter(_on_host([_transformed(one, self.transform) for one in pictures if one is not None]))
+        found: list[Pixels | Reject] = []
+        for picture, data in zip(pictures, images, strict=True):
+            if picture is None:  # the limits were checked with what its header says
+                _announce("it has another size there than its header says")
+                found.append(self._read_on_core(data))
+            else:
+                found.append(Pixels(next(arrays), width=picture.shape[2], height=picture.shape[1]))
+        return found
 
 
 _streams = threading.local()
@@ -155,18 +163,11 @@ def _parts(sizes: np.ndarray) -> Iterator[slice]:
     yield slice(start, len(sizes))
 
 
-def _as_said(picture: Tensor, data: bytes) -> Tensor:
-    """The picture upright. Raises RuntimeError where it has another size than the limits were checked with."""
+def _upright(picture: Tensor, data: bytes) -> Tensor | None:
+    """uint8 (3, H, W), as the camera was held; None where it has not the size that the header of its JPEG says."""
     (width, height), orientation = size_and_orientation(data)
     if picture.shape[1:] != (height, width):
-        raise RuntimeError(
-            f"it has {picture.shape[2]} x {picture.shape[1]} pixels there, {width} x {height} in its header"
-        )
-    return _upright(picture, orientation)
-
-
-def _upright(picture: Tensor, orientation: Orientation) -> Tensor:
-    """uint8 (3, H, W), as the camera was held."""
+        return None
     picture = picture.transpose(1, 2) if orientation.swap else picture
     mirrored = [axis for axis, mirror in ((1, orientation.mirror_y), (2, orientation.mirror_x)) if mirror]
     return picture.flip(mirrored) if mirrored else picture

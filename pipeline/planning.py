@@ -32,7 +32,7 @@ from pipeline.outputs.dataset import Dataset
 from pipeline.outputs.ledger import NOTHING, Standing
 from pipeline.outputs.schema import Footer
 from pipeline.storage import Store, side_by_side
-from pipeline.urls import is_local, local_path
+from pipeline.urls import canonical, is_local, local_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ def model_and_dataset(config: JobConfig) -> tuple[ModelSpec, Dataset]:
 
 
 def _refuse_no_place(url: str) -> None:
-    if url.startswith("s3://"):
+    if canonical(url).startswith("s3://"):
         return
     if not is_local(url):
         raise ConfigError(

@@ -162,7 +162,7 @@ class Counter:
     def status(self) -> str:
         """`12/40 shards · 3,456 images · 812 images/s · 2 errors`"""
         if not self.images and not self.settled:
-            return f"starting · {self.num_shards} shards to do"
+            return f"starting · {counted(self.num_shards, 'shard')} to do"
         return (
             f"{self.settled}/{self.num_shards} shards · {self.images:,} images · {self.images_per_s:,.0f} images/s"
             f" · {counted(self.errors, 'error')}"

@@ -27,6 +27,7 @@ from pipeline.outputs.dataset import PARQUET, Dataset, Identity
 from pipeline.outputs.ledger import Mark, Standing
 from pipeline.outputs.schema import Footer, errors_schema, part_schema
 from pipeline.recomputing import recompute
+from pipeline.report import counted
 from pipeline.rows import Columns
 from pipeline.storage import side_by_side
 from pipeline.urls import canonical, is_local, local_path
@@ -56,10 +57,10 @@ class Verification:
         return not self.problems
 
     def __str__(self) -> str:
-        text = f"{self.shards} shards, {self.predicted:,} rows, {self.errors:,} error rows"
+        text = f"{counted(self.shards, 'shard')}, {counted(self.predicted, 'row')}, {counted(self.errors, 'error row')}"
         if self.sampled:
             text += f"; {self.agreed} of {self.sampled} recomputed rows agree"
-        count = f"{len(self.problems)} problem{'' if len(self.problems) == 1 else 's'}"
+        count = counted(len(self.problems), "problem")
         zeros = f"{self.zero_embeddings} embeddings are all zeros" if self.zero_embeddings else ""
         lines = [f"{text}: {'all is well' if self.ok else count}", zeros, self.note, *self.problems]
         return "\n".join(line for line in lines if line)

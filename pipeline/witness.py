@@ -140,7 +140,7 @@ class Casualties:
         if since["other"] >= self._too_many:
             raise Stopped(
                 f"{since['other']} workers died, and nothing got done meanwhile. Often that is for want of memory, as"
-                " while a network is loaded. Ray's logs may say why."
+                " while a network is loaded, or a GPU is in trouble. The log above, or Ray's own, may say why."
             )
 
 
@@ -163,13 +163,12 @@ def say_what_is_free(lacking: str) -> None:
     """A network that loads for ever and a device that others hold look alike from here."""
     with suppress(ray.exceptions.RayError):
         free, there = ray.available_resources(), ray.cluster_resources()
+        kinds = ["CPU", "GPU"] if "GPU" in there else ["CPU"]
         log.warning(
-            "%s after %.0f s: a network is still loading, the input is slow, or others hold what is needed"
-            " (%s are free; `ray status` tells more)",
+            "%s after %.0f s: a network is still loading or being calibrated, the input is slow, or others hold what is"
+            " needed (%s are free; `ray status` tells more)",
             *(lacking, SILENCE_S),
-            ", ".join(
-                f"{free.get(kind, 0):g} of {there[kind]:g} {kind}s" for kind in ("CPU", "GPU") if there.get(kind)
-            ),
+            ", ".join(f"{free.get(kind, 0):g} of {there.get(kind, 0):g} {kind}s" for kind in kinds),
         )
 
 

@@ -77,6 +77,11 @@ def test_a_job_that_is_not_whole(words: tuple[str, ...], says: str):
         assert says in sentence(result)
 
 
+def test_s3_has_other_names_too():
+    result = invoke("plan", "input.url=.", "output.url=s3a://bucket/x", "storage.deadline_s=0.1")
+    assert "cannot be written to" not in sentence(result)
+
+
 def test_3_is_a_store_that_is_down():
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

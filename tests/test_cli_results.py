@@ -123,7 +123,7 @@ def test_prune(folder: Path, tmp_path: Path):
     (gone,) = json.loads(invoke(*words, "--yes", "--json").stdout)["gone"]
     assert (gone["id"], gone["removed"]) == (shard_id(url), True)
     assert lines(invoke(*words)) == ["nothing to prune: every shard of the dataset is in the input"]
-    assert lines(invoke("verify", tmp_path / "labels"))[0].startswith("1 shards, 9 rows, 1 error rows: all is well")
+    assert lines(invoke("verify", tmp_path / "labels"))[0].startswith("1 shard, 9 rows, 1 error row: all is well")
     result = invoke("prune", folder / "job.yaml", f"input.url={tmp_path}/nothing", labels, "--yes")
     assert result.exit_code == 2
     assert "there is nothing to read" in sentence(result)

@@ -118,7 +118,14 @@ def test_what_is_an_error_is_the_same_as_on_a_core() -> None:
     assert {Kind.SAMPLE, Kind.ERROR, Kind.END} == {row[1] for row in told}
 
 
-@pytest.mark.parametrize("error", [RuntimeError("nvjpeg failed"), torch.OutOfMemoryError("too little")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("nvjpeg failed"),
+        torch.OutOfMemoryError("too little"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+    ],
+)
 def test_what_the_device_does_not_read_a_core_does(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:

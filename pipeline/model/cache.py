@@ -149,5 +149,8 @@ def _download(url: str, storage: Storage, path: Path, advice: str) -> str:
     except AccessDenied:
         raise
     except Exception as cause:
-        raise WeightsError(f"cannot fetch the weights: {clean(translate(cause, 'read', url))}. {advice}") from cause
+        error = translate(cause, "read", url)
+        if isinstance(error, AccessDenied):
+            raise error from cause
+        raise WeightsError(f"cannot fetch the weights: {clean(error)}. {advice}") from cause
     return hasher.hexdigest()

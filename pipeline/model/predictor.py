@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from pipeline.rows import IDENTITY, VERDICT, Columns, Kind
 from pipeline.timing import Busy
 
 IMAGE_SIZE = ["pixel_width", "pixel_height"]
+SIDE = 224  # pixels of a batch of noise, where images come in sizes of their own
 
 DEVICE_ERROR = re.compile("cuda|cudnn|cublas|accelerator", re.IGNORECASE)
 
@@ -65,6 +67,8 @@ class ResNetPredictor:
         # keeps CUDA graphs and a CPU's worker threads for each thread that computes.
         thread = ThreadPoolExecutor(1, "engine")
         engine = thread.submit(self._load, spec, info).result()
+        self._most = self._fits  # that the engine is made for
+        self._side = spec.input_size or SIDE
         self._compute = connect(engine, settings.device, settings.columns, thread)
         self._turns = Turns()
         self._busy = Busy()
@@ -76,11 +80,9 @@ class ResNetPredictor:
             size = self._fits
             try:
                 return load_engine(self._settings.engine, spec, info, self._settings.device, size)
-            except OutOfMemory as cause:  # of a batch that is computed to compile the network
-                if size == 1:
-                    raise FatalError(
-                        f"{self._settings.device} has not enough memory for {spec.name}: {cause}"
-                    ) from cause
+            except OutOfMemory:
+                if size == 1 or self._settings.engine != "compile":  # which computes a whole batch beforehand
+                    raise
             self._halve(size)
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -118,11 +120,22 @@ class ResNetPredictor:
             parts = [self._guarded(block.slice(start, size)) for start in range(0, block.num_rows, size)]
             pieces = pa.concat_tables(parts)
         elif deaths >= LONE_DEATHS and block["kind"][0].as_py() in (Kind.SAMPLE, Kind.ENCODED):
+            self._check_device()
             pieces = _padded(_rejected(block, killer("predict")), self._settings.columns.pieces())
         else:
             pieces = self._pieces(block)
         self._notes.end(work)
         return pieces
+
+    def _check_device(self) -> None:
+        """Predict noise, so that an image is blamed only where others go well. This process dies where they don't."""
+        noise = np.random.default_rng(0).integers(0, 256, (self._fits, self._side, self._side, 3), np.uint8)
+        try:
+            list(self._compute([(np.arange(1), noise)]))
+        except Exception as cause:
+            if _is_lasting(cause):
+                raise
+            log.info("a batch of noise: %s", clean(cause))  # as of a network that does not take this size
 
     def _pieces(self, block: pa.Table) -> pa.Table:
         block = block if self._decode is None else self._decode(block)
@@ -175,7 +188,7 @@ class ResNetPredictor:
                 if one is not None:
                     refused.update(dict.fromkeys(one[0].tolist(), _size_refused(cause)))
                     is_left[one[0]] = False
-                    self._fits = self._settings.batch_size  # there may be room for the others
+                    self._fits = self._most  # there may be room for the others
         if not found:
             if failure and not self._has_computed:
                 _give_up(failure, block.select(IMAGE_SIZE).take(wanted))
@@ -269,7 +282,16 @@ def _size_refused(cause: Exception) -> Reject:
 def _is_lasting(cause: Exception) -> bool:
     """Whether all that this process still tries on its device will fail as well: CUDA forgets no error of its kernels.
     Then another process may do better, and an image that causes it is found as one that kills is."""
-    return type(cause).__name__ == "AcceleratorError"  # torch's, which this module does not import
+    if type(cause).__name__ == "AcceleratorError":  # torch's, which an actor with another engine does not import
+        return True
+    torch = sys.modules.get("torch")
+    if torch is None or not _is_of_device(cause) or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _is_of_device(cause: Exception) -> bool:

@@ -37,7 +37,8 @@ log = logging.getLogger(__name__)
 
 # What CUDA's libraries say where there is no memory for their own use.
 NO_MEMORY = re.compile(
-    "unable to find an engine to execute|STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED|CUDA error: out of memory"
+    "unable to find an engine to execute|STATUS_ALLOC_FAILED|ALLOCATOR_FAIL|CUBLAS_STATUS_NOT_INITIALIZED"
+    "|CUDA error: out of memory"
 )
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -131,10 +132,17 @@ def load_eager(spec: ModelSpec, device: str, threads: int | None) -> TorchEngine
         engine(np.zeros((2, side, side, 3), np.uint8))
     except OutOfMemory:
         raise
-    except Exception as cause:  # noqa: BLE001 - some look at how their weights lie in memory, or at their type
+    except Exception as cause:  # some look at how their weights lie in memory, or at their type
+        if _is_of_device(cause):
+            raise
         log.warning("%s is computed as it is, which may be slower than in channels_last: %s", spec.name, clean(cause))
         engine = _as_it_is(spec, device, dtype, side, threads)
     return engine
+
+
+def _is_of_device(cause: Exception) -> bool:
+    """Whether the device is in trouble, and not the network: then another process, or another day, may do better."""
+    return isinstance(cause, torch.AcceleratorError) and "no kernel image" not in str(cause)
 
 
 def _as_it_is(spec: ModelSpec, device: str, dtype: torch.dtype | None, side: int, threads: int | None) -> TorchEngine:
@@ -145,6 +153,8 @@ def _as_it_is(spec: ModelSpec, device: str, dtype: torch.dtype | None, side: int
     except (OutOfMemory, PipelineError):
         raise
     except Exception as cause:
+        if _is_of_device(cause):
+            raise
         raise FatalError(
             f"the network {spec.name} does not run on {device} in {spec.precision}: {clean(cause)}. Let it make its"
             " tensors where its input is, or set runtime.device=cpu and model.precision=float32."
@@ -175,6 +185,8 @@ def load_compiled(spec: ModelSpec, device: str, batch_size: int, threads: int | 
     except OutOfMemory:
         raise
     except Exception as error:
+        if _is_of_device(error):
+            raise
         raise ConfigError(
             f"runtime.engine: compile does not work here with {spec.name}: {clean(error)}. It needs a C++ compiler, on"
             " a GPU also Triton. Use runtime.engine=eager."

@@ -166,6 +166,23 @@ def test_a_network_that_does_not_run_where_it_must_is_a_sentence(custom):
         load_engine("eager", spec, resolve(spec), "cpu", 3)
 
 
+@pytest.mark.parametrize("engine", ["eager", "compile"])
+def test_a_device_in_trouble_is_not_taken_for_the_networks_fault(custom, engine: str):
+    """Neither is it said to be, nor is the network tried again as it is: another day may do better."""
+    text = """
+        class Net(Base):
+            tried = 0
+            def forward(self, x):
+                if torch.is_autocast_enabled("cpu"):
+                    Net.tried += 1
+                    raise torch.AcceleratorError(f"CUDA error: device busy, {Net.tried}")
+                return self.fc(self.features(x))
+    """
+    spec = custom(text, precision="bfloat16")
+    with pytest.raises(torch.AcceleratorError, match="device busy, 1$"):
+        load_engine(engine, spec, resolve(spec), "cpu", 3)
+
+
 def test_memory_that_does_not_suffice_is_no_reason_to_load_a_network_again(custom):
     spec = custom("""
         class Net(Base):

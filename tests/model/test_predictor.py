@@ -192,7 +192,7 @@ def test_a_network_that_is_compiled_for_too_large_a_batch_is_compiled_for_half(
     monkeypatch.setattr(module, "load_engine", load_engine)
     settings = PredictorSettings("compile", "cpu", BATCH, COLUMNS)
     if not room:
-        with pytest.raises(FatalError, match=r"has not enough memory for resnet50: CUDA out of memory"):
+        with pytest.raises(OutOfMemory):
             ResNetPredictor(SPEC, INFO, settings)
         return
     found = ResNetPredictor(SPEC, INFO, settings)(block_of([1, 2, 3]))
@@ -200,21 +200,41 @@ def test_a_network_that_is_compiled_for_too_large_a_batch_is_compiled_for_half(
     assert by_index(found) == by_index(load(monkeypatch, colour_engine)(block_of([1, 2, 3])))
 
 
-def test_a_process_whose_device_is_in_trouble_for_good_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_trouble(pixels: np.ndarray) -> Any:
     import torch
 
-    said: list[str] = []
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-    class Kept(Notes):
-        def die(self, reason: str) -> None:
-            said.append(reason)
 
-    def engine(pixels: np.ndarray) -> Any:
-        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+class Killed(Notes):
+    """As if so many had died of whatever is begun."""
 
+    def __init__(self, deaths: int) -> None:
+        self.deaths, self.reasons = deaths, list[str]()
+
+    def begin(self, work: str) -> int:
+        return self.deaths
+
+    def die(self, reason: str) -> None:
+        self.reasons.append(reason)
+
+
+@pytest.mark.parametrize("deaths", [0, LONE_DEATHS])
+def test_a_process_whose_device_is_in_trouble_for_good_makes_way(deaths: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where an image would be blamed: any other would have done the same."""
+    import torch
+
+    notes = Killed(deaths)
     with pytest.raises(torch.AcceleratorError):
-        load(monkeypatch, engine, Kept())(block_of([1]))
-    assert len(said) == 1
+        load(monkeypatch, in_trouble, notes)(block_of([1]))
+    assert notes.reasons == ["CUDA error: an illegal memory access was encountered"]
+
+
+def test_an_image_is_blamed_where_others_go_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = Killed(LONE_DEATHS)
+    found = by_index(load(monkeypatch, colour_engine, notes)(block_of([1])))
+    assert found[Kind.ERROR, 0]["error"] == "killed_worker"
+    assert notes.reasons == []
 
 
 def test_a_device_that_holds_not_one_image_ends_the_run_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
