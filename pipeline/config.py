@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
@@ -30,7 +31,10 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
-Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+Interpolation = Annotated[
+    Literal["nearest", "bilinear", "bicubic", "lanczos"],
+    BeforeValidator(lambda given: "bilinear" if given is None else given),
+]
 Decode = Literal["fast", "reference", "nvjpeg"]
 Precision = Literal["float32", "bfloat16", "float16", "int8"]
 
@@ -101,7 +105,7 @@ class Storage(Section):
     shared: bool = False  # a local path is the same directory on every node
     connect_timeout_s: PositiveFloat = 5.0
     read_timeout_s: PositiveFloat = 15.0
-    deadline_s: PositiveFloat = 120.0  # of one storage call, its retries included
+    deadline_s: PositiveFloat = 100.0  # of one storage call, its retries included
 
     @field_validator("options")
     @classmethod

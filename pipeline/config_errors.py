@@ -46,6 +46,11 @@ def explain(error: ValidationError, data: Mapping[Any, Any], keys: Sequence[str]
     said: dict[str, str] = {}
     for item in error.errors():
         path, value = _real_path(item["loc"], item["type"], data)
+        if item["type"] == "extra_forbidden" and isinstance(value, Mapping) and value:
+            leaves = {key: leaf for key, leaf in option_paths(value, path) if not isinstance(leaf, Mapping | list)}
+            values |= leaves
+            said |= {key: f"unknown key{_nearest(key, keys)}" for key in leaves}
+            continue
         values[path] = value
         if item["type"] in WANTED:
             wanted.setdefault(path, []).append(WANTED[item["type"]].format(**item.get("ctx", {})))
@@ -89,6 +94,8 @@ def _nearest(path: str, keys: Sequence[str]) -> str:
     by_name: dict[str, list[str]] = {}
     for key in sorted(keys, key=lambda key: key.count(".")):
         by_name.setdefault(key.rpartition(".")[2], []).append(key)
+    if section not in keys and (close := difflib.get_close_matches(path, keys, n=1, cutoff=0.8)):
+        return f"; did you mean {close[0]}?"
     siblings = {last: key for last, same in by_name.items() for key in same if key.rpartition(".")[0] == section}
     near = [siblings[last] for last in difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)]
     if not near:
@@ -96,7 +103,8 @@ def _nearest(path: str, keys: Sequence[str]) -> str:
         near = [key for key in near if key.count(".") == near[0].count(".")]
     if near:
         return f"; did you mean {' or '.join(near)}?"
-    return f"; valid keys here: {', '.join(siblings)}" if siblings else ""
+    shown = siblings or [key for key in keys if "." not in key]
+    return f"; valid keys here: {', '.join(shown)}"
 
 
 def _got(path: str, value: Any) -> str:

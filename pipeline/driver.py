@@ -265,10 +265,15 @@ class Run:
             if self._progress.is_news(receipt):
                 self._first_rows_at = self._first_rows_at or time.monotonic()
                 self._watcher.on_rows(len(receipt.indices), receipt.errors)
-                excess = self._budget.spend(len(receipt.indices), receipt.errors)
-                if excess and not self._stopping.is_set():
-                    raise Stopped(f"{excess}. Look at the source, or raise the limit.")
-            self._act(self._progress.on_receipt(replace(receipt, piece=refs[receipt.piece])))
+                self._stop_on(self._budget.spend(len(receipt.indices), receipt.errors))
+            decisions = self._progress.on_receipt(replace(receipt, piece=refs[receipt.piece]))
+            if decisions and self._progress.has_all():
+                self._stop_on(self._budget.conclude())
+            self._act(decisions)
+
+    def _stop_on(self, excess: str | None) -> None:
+        if excess and not self._stopping.is_set():
+            raise Stopped(f"{excess}. Look at the source, or raise the limit.")
 
     def _act(self, decisions: list[Decision]) -> None:
         for decision in decisions:

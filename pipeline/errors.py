@@ -125,6 +125,7 @@ _CODES: dict[str, type[PipelineError]] = {
     "404": NotFound,
     "410": NotFound,
     "NoSuchKey": NotFound,
+    "304": PreconditionFailed,  # of some MinIO
     "412": PreconditionFailed,
     "PreconditionFailed": PreconditionFailed,
     "501": FatalError,

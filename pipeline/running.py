@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib import import_module
 
+from pipeline.backends import deadline
 from pipeline.cluster import Cluster, connected, terminable
 from pipeline.config import JobConfig
 from pipeline.errors import ExitCode, NotFound, PipelineError, TransientError, clean, redact
@@ -26,6 +27,8 @@ from pipeline.report import RunReport, counted, public_config, watching
 from pipeline.verdict import judge
 
 log = logging.getLogger(__name__)
+
+LEAVE_S = 10.0  # for the report: who has stopped the run may kill it soon
 
 
 @terminable()
@@ -74,7 +77,8 @@ def _leave(report: RunReport, dataset: Dataset, started: float) -> None:
     """Put the report where it belongs. What the run committed stands without it, so that is not worth failing for."""
     report.seconds = round(time.monotonic() - started, 3)
     try:
-        dataset.store.put(dataset.path("_runs", report.run_id, "report.json"), report.to_json().encode())
+        with deadline(LEAVE_S):
+            dataset.store.put(dataset.path("_runs", report.run_id, "report.json"), report.to_json().encode())
     except PipelineError as cause:
         log.warning("this run leaves no report.json: %s", cause)
 
@@ -118,6 +122,10 @@ def _execute(
     report.model_fingerprint = spec.fingerprint
     report.engine, report.device, report.batch_size = settings.engine, settings.device, settings.batch_size
     report.actors = job.num_actors
+    log.info(
+        "%s: engine %s on %s, batches of %d, %s",
+        *(spec.name, settings.engine, settings.device, settings.batch_size, counted(job.num_actors, "actor")),
+    )
     identity = make_identity(spec.identity, spec.fingerprint, job.info.classes, job.info.num_classes)
     if not dataset.store.honours_conditions(dataset.path("_runs", report.run_id, "probe")):
         log.warning(

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 from fsspec.utils import glob_translate
 from tenacity import Retrying, retry_if_exception_type, stop_before_delay, wait_random_exponential
 
-from pipeline.backends import Backend, FileInfo, LocalDisk, Opened, Page, deadline, sweep
+from pipeline.backends import Backend, FileInfo, LocalDisk, Opened, Page, deadline, sweep, time_left
 from pipeline.config import Storage
 from pipeline.errors import (
     ConfigError,
@@ -182,7 +182,7 @@ class Store:
                 raise translate(cause, doing, url) from cause
 
         store = f"{canonical(url).partition('://')[0]} {self.options.model_dump_json()}"
-        seconds = self.options.deadline_s * (SHARE_WHEN_DOWN if store in _down else 1)
+        seconds = min(self.options.deadline_s * (SHARE_WHEN_DOWN if store in _down else 1), time_left())
         retrying = Retrying(
             retry=retry_if_exception_type(StoreUnavailable),
             wait=wait_random_exponential(multiplier=0.2, max=8),

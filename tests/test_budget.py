@@ -36,3 +36,11 @@ def test_the_first_few_samples_do_not_decide_but_a_small_rotten_source_does() ->
     assert ErrorBudget(max_error_rate=0.05).spend(20, 6) is not None, "more than 5 % of a hundred"
     assert ErrorBudget(max_error_rate=0.0).spend(1, 1) is not None
     assert FEWEST == 100
+
+
+@pytest.mark.parametrize(("errors", "stops"), [(0, False), (2, False), (3, True), (20, True)])
+def test_a_small_source_is_judged_by_all_that_it_has(errors: int, stops: bool) -> None:
+    budget = ErrorBudget(max_error_rate=0.1)
+    budget.spend(20, errors)
+    assert (budget.conclude() is not None) == stops
+    assert ErrorBudget().conclude() is None

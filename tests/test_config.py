@@ -136,12 +136,12 @@ def test_the_page_tells_the_true_type(path: str):
         ("runtime.batchsize=3", "runtime.batchsize: unknown key; did you mean runtime.batch_size? (got 3)"),
         ("input.storage.endpoint=x", 'input.storage.endpoint: unknown key; did you mean input.storage.endpoint_url?'
                                      ' (got "x")'),
-        ("model.transfrom.resize=3", "model.transfrom: unknown key; did you mean model.transform?"),
+        ("model.transfrom.resize=3", "model.transfrom.resize: unknown key; did you mean model.transform.resize? (got 3)"),
         ("model.engine=eager", 'model.engine: unknown key; did you mean runtime.engine? (got "eager")'),
         ("url=x", 'url: unknown key; did you mean input.url or output.url? (got "x")'),
         ("resize=3", "resize: unknown key; did you mean model.transform.resize? (got 3)"),
-        ("ouptut.top_k=3", "ouptut: unknown key; did you mean output?"),
-        ("zzz.bar=1", "zzz: unknown key; valid keys here: input, model, output, runtime, storage"),
+        ("ouptut.top_k=3", "ouptut.top_k: unknown key; did you mean output.top_k? (got 3)"),
+        ("zzz.bar=1", "zzz.bar: unknown key; valid keys here: input, model, output, runtime, storage (got 1)"),
         ("model.transform.foo=1", "model.transform.foo: unknown key; valid keys here: resize, crop, mean, std,"
                                   " interpolation, decode (got 1)"),
         ("output.top_k=five", 'output.top_k: must be a whole number (got "five")'),

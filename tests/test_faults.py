@@ -243,6 +243,8 @@ def test_a_store_that_ignores_conditions_is_found_out(line: Relay, s3: S3Server,
     assert behind.honours_conditions("s3://labels/_runs/2/probe"), "our own lost write is no sign of anything"
     line.spoil("PUT", "200", nth=2, path="probe")
     assert not behind.honours_conditions("s3://labels/_runs/3/probe")
+    line.spoil("PUT", "304", nth=2, path="probe")
+    assert behind.honours_conditions("s3://labels/_runs/4/probe"), "so some MinIO says that something stands there"
     assert direct.find("s3://labels/_runs") == []
     assert list((tmp_path / "_runs").rglob("probe")) == []
 

@@ -104,6 +104,10 @@ class Progress:
         self._settled[shard] = True
         return self._abandon_dependents(shard)
 
+    def has_all(self) -> bool:
+        """Whether no shard has rows to come."""
+        return int(np.count_nonzero(self._decided)) + len(self._held) == len(self._decided)
+
     def unsettled(self) -> list[int]:
         """The shards that are neither committed nor given up."""
         return [int(i) for i in np.flatnonzero(~self._settled)]

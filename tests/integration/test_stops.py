@@ -61,6 +61,18 @@ def test_a_rotten_source_stops_the_run(limit: dict[str, float], tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_a_small_rotten_source_stops_the_run(tmp_path: Path) -> None:
+    """And its next one: it is never called complete."""
+    digits_tars(tmp_path / "shards", 2, 10, broken=range(3))
+    config = digits_config(tmp_path / "shards", tmp_path / "labels", **NOOP)
+    for _ in range(2):
+        report = pipeline.run(config | {"input": config["input"] | {"max_error_rate": 0.2}})
+        assert report.exit_code == ExitCode.INCOMPLETE
+        assert "more than input.max_error_rate=0.2" in report.message
+        assert report.shards_done_before + report.shards_committed < 2
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_within_the_budget_nothing_stops(tmp_path: Path) -> None:
     digits_tars(tmp_path / "shards", 3, 20, broken=[3])
     config = digits_config(tmp_path / "shards", tmp_path / "labels", **NOOP)

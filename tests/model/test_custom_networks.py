@@ -318,7 +318,7 @@ def test_probabilities_are_no_logits(custom):
         result_columns(Output(url="out"), info)
     assert result_columns(Output(url="out", predictions=False), info).embedding_dim == 6
     for logits in ("self.fc(self.features(x))", "self.fc(self.features(x)).log_softmax(1)"):
-        assert result_columns(Output(url="out"), resolve(custom(text.format(logits)))).predictions
+        assert result_columns(Output(url="out"), resolve(custom(text.format(logits)))).top_k
 
 
 @pytest.mark.parametrize(

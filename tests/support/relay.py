@@ -31,6 +31,7 @@ END = b"\r\n\r\n"
 # Answers that never reach the store: status, S3's code, and what it says.
 CANNED = {
     "200": (200, "", ""),
+    "304": (304, "", ""),
     "500": (500, "InternalError", "We encountered an internal error. Please try again."),
     "503": (503, "ServiceUnavailable", "Service is unable to handle the request."),
     "slowdown": (503, "SlowDown", "Please reduce your request rate."),
