@@ -7,16 +7,15 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.logging import RichHandler
-from rich.table import Column, Table
 from rich.text import Text
 
 import pipeline
@@ -25,13 +24,12 @@ from pipeline.config import JobConfig, load_config
 from pipeline.errors import ConfigError, ExitCode, PipelineError, redact
 from pipeline.estimation import describe
 from pipeline.report import counted, facts, summary
+from pipeline.tables import errors_shown, gone_shown, pruned_shown, rows_shown
 
 if TYPE_CHECKING:
-    from pipeline.error_rows import DeadLetters
-    from pipeline.pruning import Pruned
+    pass
 
 NOT_A_TERMINAL = 10_000  # columns: a log or a pipe gets whole lines
-SHOWN_GONE, SHOWN_SHARDS = 10, 20  # --json has all
 
 app = typer.Typer(
     name="resnet-batch",
@@ -101,7 +99,7 @@ def run(
             raise ConfigError("--limit prints samples and writes nothing, so that there is nothing to --retry-errors.")
         if limit is not None:
             rows = api.preview(config, limit)
-            _print(rows.to_pylist(), as_json, out, lambda: _rows_table(rows))
+            _print(rows.to_pylist(), as_json, out, lambda: rows_shown(rows))
             return
         report = api.run(config, retry_errors or ())
         _print(report, as_json, out, lambda: summary(report))
@@ -147,7 +145,7 @@ def plan(
         rows = {
             "to do": f"{counted(len(found.tasks), 'shard')}, {found.num_bytes / 1e6:,.1f} MB ({why})",
             "done": counted(len(found.done), "shard"),
-            "gone": _gone(found.gone),
+            "gone": gone_shown(found.gone),
         }
         if found.estimate is not None:
             rows |= describe(found.estimate)
@@ -168,7 +166,7 @@ def status(
             ),
             "shards": f"{found.shards:,} complete, {len(found.incomplete):,} to be done again",
             "rows": f"{found.predicted:,} predicted, {found.errors:,} errors, {found.num_bytes / 1e6:,.1f} MB",
-            "gone": found.note or _gone(found.gone),
+            "gone": found.note or gone_shown(found.gone),
         } | {run["run_id"]: f"{run['message']} ({run['seconds'] or 0:.0f} s)" for run in found.last_runs}
         _print(found, as_json, out, lambda: facts(rows))
 
@@ -197,7 +195,7 @@ def errors(
     """The error rows, counted by class and by shard; on request the bytes behind them."""
     with _reporting(debug) as out:
         found = api.dead_letters(url, classes or (), export, limit, config)
-        _print(found, as_json, out, lambda: _errors_shown(found))
+        _print(found, as_json, out, lambda: errors_shown(found))
 
 
 @app.command(epilog=_examples("prune nightly.yaml", "prune nightly.yaml --yes"))
@@ -210,7 +208,7 @@ def prune(
     """Show the shards that are gone from the input; with --yes, remove them from the dataset."""
     with _reporting(debug) as out:
         found = api.prune(_config(arguments), yes)
-        _print(found, as_json, out, lambda: _pruned_shown(found))
+        _print(found, as_json, out, lambda: pruned_shown(found))
 
 
 @app.command(epilog=_examples("verify s3://bucket/labels", "verify labels --sample 20 --config nightly.yaml"))
@@ -244,15 +242,18 @@ def submit(
         str | None, typer.Option(metavar="NAME", help="A name for the job, to find it again.")
     ] = None,
     retry_errors: RetryOption = None,
+    *,
+    as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """The same run, as a Ray job on a cluster."""
     with _reporting(debug) as out:
-        with redirect_stdout(out):  # the job's log is the result
+        with redirect_stdout(sys.stderr if as_json else out):  # the job's log is the result
             result = api.submit(_config(arguments), address, wait, submission_id, retry_errors or ())
+        if as_json or not wait:
+            _print({"exit_code" if wait else "submission_id": result}, as_json, out, lambda: str(result))
         if wait:
             raise typer.Exit(int(result))
-        print(result, file=out)
 
 
 @app.command(epilog=_examples("demo", "demo my-demo --pretrained"))
@@ -263,21 +264,28 @@ def demo(
     pretrained: Annotated[
         bool, typer.Option("--pretrained", help="ResNet-18 and ImageNet weights on photographs.")
     ] = False,
+    as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """The whole path on real images in under a minute, nothing to configure."""
-    with _reporting(debug) as out, redirect_stdout(out):
-        raise typer.Exit(api.demo(folder, pretrained).exit_code)
+    with _reporting(debug) as out:
+        with redirect_stdout(sys.stderr if as_json else out):
+            report = api.demo(folder, pretrained)
+        if as_json:
+            _print(report, as_json, out, lambda: summary(report))
+        raise typer.Exit(report.exit_code)
 
 
 @app.command(epilog=_examples("init", "init nightly.yaml"))
 def init(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")] = Path("config.yaml"),
+    as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Write a commented config to start from."""
     with _reporting(debug) as out:
-        print(f"wrote {api.init(path)}: set input.url and output.url, then `resnet-batch plan {path}`", file=out)
+        text = f"wrote {api.init(path)}: set input.url and output.url, then `resnet-batch plan {path}`"
+        _print({"path": str(path)}, as_json, out, lambda: Text(text))
 
 
 def main() -> None:
@@ -335,61 +343,3 @@ def _print(result: Any, as_json: bool, out: TextIO, shown: Callable[[], Renderab
         print(json.dumps(plain, ensure_ascii=False), file=out)
     else:
         Console(file=out, width=None if out.isatty() else NOT_A_TERMINAL, highlight=False).print(shown())
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """Columns of text. Nothing is cut off, and brackets in a value are no markup."""
-    table = Table(*(Column(name, overflow="fold") for name in header), box=None)
-    for row in rows:
-        table.add_row(*(Text(str(value)) for value in row))
-    return table
-
-
-def _gone(ids: Sequence[str]) -> str:
-    lines = [f"{counted(len(ids), 'shard')} of the output no longer in the input", *ids[:SHOWN_GONE]]
-    return "\n".join([*lines, *([f"and {len(ids) - SHOWN_GONE} more"] if len(ids) > SHOWN_GONE else [])])
-
-
-def _errors_shown(found: DeadLetters) -> RenderableType:
-    more = len(found.shards) - SHOWN_SHARDS
-    lines = [f" and {counted(more, 'more shard')}"] if more > 0 else []
-    if (done := found.export) is not None:
-        lines.append(f"{counted(done.files, 'file')} written to {done.folder}")
-        if done.without_bytes:
-            lines.append(f"{counted(done.without_bytes, 'row')} of stage read: there are no bytes to export")
-        if done.left_out:
-            lines.append(f"{counted(done.left_out, 'row')} left out by --limit")
-        lines.extend(done.problems)
-    lines.extend(found.problems)
-    if not found.rows:
-        return Text("\n".join(["no error rows", *lines]))
-    shards = (
-        (shard.rows, shard.shard, ", ".join(f"{name} {rows}" for name, rows in shard.classes.items()))
-        for shard in found.shards[:SHOWN_SHARDS]
-    )
-    classes = ((one["rows"], one["stage"], one["error"]) for one in found.classes)
-    tables = (_table(["rows", "stage", "error"], classes), Text(), _table(["rows", "shard", "classes"], shards))
-    return Group(*tables, *map(Text, lines))
-
-
-def _pruned_shown(found: Pruned) -> RenderableType:
-    if not found.gone:
-        return Text("nothing to prune: every shard of the dataset is in the input")
-    rows = [
-        (gone.id, gone.shard, gone.predicted, gone.errors, "removed" if gone.removed else gone.kept or "to be removed")
-        for gone in found.gone
-    ]
-    end = f"{counted(len(found.removed), 'shard')} removed" if found.removed else "nothing was removed"
-    if found.removable:
-        end += f"; --yes removes {counted(len(found.removable), 'shard')}"
-    return Group(_table(["id", "shard", "rows", "errors", ""], rows), Text(end))
-
-
-def _rows_table(rows: Any) -> Table:
-    """The samples of a preview, a line each."""
-    shown = [name for name in ("key", "label", "score", "width", "height", "error") if name in rows.column_names]
-    return _table(shown, ([_cell(value) for value in row.values()] for row in rows.select(shown).to_pylist()))
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)

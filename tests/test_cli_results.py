@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from typer.testing import Result
 
-from pipeline import cli
+from pipeline import tables
 from pipeline.config import load_config
 from pipeline.error_rows import DeadLetters, ShardErrors
 from pipeline.errors import ExitCode
@@ -167,7 +167,7 @@ def test_long_values_are_whole_where_stdout_is_no_terminal(folder: Path, monkeyp
 def test_what_would_be_pruned_is_whole_on_a_narrow_terminal():
     url = f"s3://bucket/{'x' * 60}.tar"
     console = Console(file=io.StringIO(), width=50, record=True)
-    console.print(cli._pruned_shown(Pruned("labels", [Gone(shard_id(url), url, 10, 0)])))
+    console.print(tables.pruned_shown(Pruned("labels", [Gone(shard_id(url), url, 10, 0)])))
     text = console.export_text()
     assert (text.count("x"), "…" in text) == (2 * 60, False)
 
@@ -180,6 +180,24 @@ def test_a_name_that_is_not_utf8_is_shown_as_it_can_be(folder: Path, tmp_path: P
     done = command("run", folder / "job.yaml", f"input.url={path}", "input.allow_empty=true", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["config"]["input"]["url"] == str(path)
+
+
+def test_json_of_what_mostly_talks(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path):
+    """The demo's and the job's own words go to stderr then."""
+    monkeypatch.setattr("pipeline.api.demo", lambda *_: print("the picture") or RunReport("id", "labels"))
+    result = invoke("demo", tmp_path, "--json")
+    assert json.loads(result.stdout)["run_id"] == "id"
+    assert "the picture" in result.stderr
+    monkeypatch.setattr("pipeline.api.submit", lambda *a: print("the log") or (3 if a[2] else "night"))
+    result = invoke("submit", folder / "job.yaml", "--json")
+    assert (json.loads(result.stdout), result.exit_code) == ({"exit_code": 3}, 3)
+    assert "the log" in result.stderr
+    result = invoke("submit", folder / "job.yaml", "--no-wait", "--json")
+    assert (json.loads(result.stdout), result.exit_code) == ({"submission_id": "night"}, 0)
+    result = invoke("submit", folder / "job.yaml", "--no-wait")
+    assert result.stdout == "the log\nnight\n"
+    result = invoke("init", tmp_path / "job.yaml", "--json")
+    assert json.loads(result.stdout) == {"path": str(tmp_path / "job.yaml")}
 
 
 def test_init(tmp_path: Path):
