@@ -11,6 +11,7 @@ from hypothesis import settings
 settings.register_profile("unhurried", deadline=None)  # the machine may have something else to do
 settings.load_profile("unhurried")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("TORCH_WARM_POOL", "0")  # a pool of processes for Triton's kernels, of which a CPU has none
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only; set before ray is imported
 
 

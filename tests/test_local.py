@@ -256,6 +256,7 @@ def test_what_is_no_image_is_refused(config: dict[str, Any], tmp_path: Path):
 
 def test_the_columns_are_those_that_the_output_asks_for(config: dict[str, Any], pngs: list[bytes]):
     ends = ["width", "height", "error", "message"]
+    config = config | {"runtime": {"engine": "noop"}}
     default = {name: section for name, section in config.items() if name not in ("input", "output")}
     labels = ["class_id", "label", "score", "top_k"]
     assert pipeline.predict(pngs[0], default).column_names == ["key", "index", *labels, "embedding", *ends]

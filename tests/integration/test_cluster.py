@@ -71,7 +71,12 @@ def last_report(s3: S3Server, output: str) -> dict[str, Any]:
 
 def test_ray_job_submit_labels_tars_in_a_bucket(s3: S3Server, head: Head):
     overrides = [
-        *("input.url=s3://raw/digits/*.tar", "output.url=s3://labels/by-ray", "runtime.engine=eager"),
+        *(
+            "input.url=s3://raw/digits/*.tar",
+            "output.url=s3://labels/by-ray",
+            "runtime.engine=eager",
+            "runtime.device=cpu",
+        ),
         *("model.name=pipeline.examples.network:digits_resnet20", f"model.weights={WEIGHTS}"),
         "model.transform={resize: 32, crop: null, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}",
         f"storage.endpoint_url={s3.endpoint_url}",

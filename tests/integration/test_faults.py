@@ -48,8 +48,8 @@ def config_for(endpoint_url: str, output: str, **storage: Any) -> dict[str, Any]
     return digits_config("s3://raw/digits/*.tar", f"s3://labels/{output}", storage=storage)
 
 
-def run_behind(line: Relay, output: str, deadline_s: float = DEADLINE_S) -> RunReport:
-    return pipeline.run(config_for(line.url, output, deadline_s=deadline_s))
+def run_behind(line: Relay, output: str, deadline_s: float = DEADLINE_S, **storage: Any) -> RunReport:
+    return pipeline.run(config_for(line.url, output, deadline_s=deadline_s, **storage))
 
 
 def everything(s3: S3Server, output: str) -> list[pa.Table]:
@@ -112,7 +112,7 @@ def test_shards_that_cannot_be_had_stay_open_and_harm_no_other(s3: S3Server, lin
 def test_a_store_that_goes_down_in_the_middle_ends_the_run_with_a_sentence(s3: S3Server, line: Relay):
     line.spoil("PUT", "hook", path="/data/", hook=lambda: line.spoil(".*", "500", times=None))
     began = time.monotonic()
-    report = run_behind(line, "down")
+    report = run_behind(line, "down", deadline_s=1.5, connect_timeout_s=2.0)
     assert (report.exit_code, report.shards_committed, len(report.open)) == (ExitCode.INCOMPLETE, 0, SHARDS)
     assert all(re.search(r"s3://\S+: .*[Rr]un again when the store answers", entry["reason"]) for entry in report.open)
     assert time.monotonic() - began < IN_TIME_S
@@ -138,7 +138,7 @@ def test_a_store_that_fails_from_the_start_is_said_in_time(
     line.spoil(".*", kind, times=None, path=f"^/{bucket}[/?]")
     began = time.monotonic()
     with pytest.raises(error, match=f"(?s)s3://{bucket}/.*{says}") as ended:
-        run_behind(line, "never", deadline_s=1.0)
+        run_behind(line, "never", deadline_s=1.0, **({"connect_timeout_s": 2.0} if kind == "hang" else {}))
     assert ended.value.exit_code == code
     assert time.monotonic() - began < IN_TIME_S / 2
 

@@ -32,9 +32,12 @@ def encoded_photographs() -> Iterator[tuple[str, bytes]]:
             left, top = (int(rng.integers(0, extent - side + 1)) for extent in whole.size)
             cut = whole.crop((left, top, left + side, top + side))
             width, height = (int(rng.integers(96, 1400)) for _ in range(2))
-            kind, options = [("JPEG", {"quality": 90}), ("PNG", {}), ("WEBP", {"quality": 90}), ("JPEG", {})][
-                number % 4
-            ]
+            kind, options = [
+                ("JPEG", {"quality": 90}),
+                ("PNG", {"compress_level": 1}),
+                ("WEBP", {"quality": 90}),
+                ("JPEG", {}),
+            ][number % 4]
             buffer = io.BytesIO()
             cut.resize((width, height), Image.Resampling.BICUBIC).save(buffer, kind, **options)
             yield f"{name.partition('.')[0]}-{number}.{kind.lower()}", buffer.getvalue()

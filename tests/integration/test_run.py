@@ -61,7 +61,7 @@ def test_a_run_that_waits_says_so(
     assert pipeline.run(digits_config(first / "shards", tmp_path)).exit_code == ExitCode.COMPLETE
     (said,) = [record.message for record in caplog.records if record.message.startswith("no rows after")]
     assert "of 2 CPUs are free" in said
-    assert witness.wait_for(ray.remote(num_cpus=0)(lambda: time.sleep(2.5)).remote()) is None
+    assert witness.wait_for(ray.remote(num_cpus=0)(lambda: time.sleep(1.3)).remote()) is None
     assert caplog.messages[-1].startswith("no answer of a worker after")
 
 
@@ -277,6 +277,7 @@ def test_images_of_their_own_sizes_are_predicted_by_size(tmp_path: Path):
     write_tar(tmp_path / "mixed.tar", members)
     transform = {"resize": None, "crop": None, "mean": [0.5] * 3, "std": [0.5] * 3}
     config = digits_config(tmp_path / "mixed.tar", tmp_path / "labels", model={"transform": transform})
+    alone = pipeline.predict([data for _, data in members], config)
     pipeline.run(config)
     table = rows(tmp_path / "labels")
     assert list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))[:3] == [
@@ -284,7 +285,6 @@ def test_images_of_their_own_sizes_are_predicted_by_size(tmp_path: Path):
         (40, 32),
         (32, 48),
     ]
-    alone = pipeline.predict([data for _, data in members], config)
     assert table["class_id"].to_pylist() == alone["class_id"].to_pylist()
 
 
@@ -322,7 +322,8 @@ def test_large_images_of_one_tar_come_to_the_network_in_full_batches(tmp_path: P
     noise = np.random.default_rng(0).integers(0, 256, (600, 600), np.uint8)
     write_tar(tmp_path / "large.tar", [(f"{n:02}.png", encode_png(np.roll(noise, n))) for n in range(70)])
     transform = {"resize": 32, "crop": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
-    config = make_config(digits_config(tmp_path / "large.tar", tmp_path / "labels", model={"transform": transform}))
+    sections = {"model": {"transform": transform}, "runtime": {"engine": "noop"}}
+    config = make_config(digits_config(tmp_path / "large.tar", tmp_path / "labels", **sections))
     cluster = Cluster(num_nodes=1, num_cpus=2, num_gpus=0)
     job = prepare(config, make_spec(config), cluster, [])
     tasks = make_plan(config).tasks

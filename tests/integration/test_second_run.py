@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import ray
 
+import pipeline
 from pipeline.errors import ExitCode
 from tests.support.arena import start_run
 from tests.support.jobs import digits_config, digits_tars
@@ -26,16 +27,21 @@ def test_finished_shards_are_not_opened(tmp_path: Path):
         def upload(path: Path) -> None:
             client.put_object(Bucket="raw", Key=f"digits/{path.name}", Body=path.read_bytes())
 
+        def asked() -> set[tuple[str, str]]:
+            requests = (request.split(" ")[:2] for request in line.asked)
+            return {(method, path) for method, path in requests if path.endswith(".tar")}
+
         def run() -> set[tuple[str, str]]:
             """A run in a process of its own, which remembers nothing; method and path of what it asked, input shards only."""
             line.asked.clear()
             assert start_run(config, tmp_path).wait(200) == ExitCode.COMPLETE, (tmp_path / "driver.log").read_text()
-            asked = (request.split(" ")[:2] for request in line.asked)
-            return {(method, path) for method, path in asked if path.endswith(".tar")}
+            return asked()
 
         for path in paths[:4]:
             upload(path)
-        assert {path for method, path in run() if method == "GET"} == {f"/raw/digits/{p.name}" for p in paths[:4]}
+        assert pipeline.run(config).exit_code == ExitCode.COMPLETE
+        opened = {path for method, path in asked() if method == "GET"}
+        assert opened == {f"/raw/digits/{p.name}" for p in paths[:4]}
 
         upload(paths[4])
         paths[1].write_bytes(paths[5].read_bytes())

@@ -184,7 +184,7 @@ def written(web: Web, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Writ
         job.write_text(yaml.safe_dump(found.config))
         found.folders = [local, cluster]
 
-        nowhere = ["storage.endpoint_url=http://s3.invalid", "storage.deadline_s=6"]
+        nowhere = ["storage.endpoint_url=http://s3.invalid", "storage.deadline_s=1"]
         environment = clean_environment() | server.environment(JOB)
         with ThreadPoolExecutor(1) as pool:  # beside the head
             others = [

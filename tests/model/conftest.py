@@ -40,12 +40,12 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[[Path], FileServer]]:
+def serve() -> Iterator[Callable[..., FileServer]]:
     servers: list[FileServer] = []
 
-    def start(folder: Path) -> FileServer:
-        servers.append(FileServer(folder))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+    def start(folder: Path, delay_s: float = 0.0) -> FileServer:
+        servers.append(FileServer(folder, delay_s))
+        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
         return servers[-1]
 
     yield start

@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +115,13 @@ def normalised(pixels: np.ndarray) -> Any:
 
 
 class FileServer(http.server.ThreadingHTTPServer):
-    """Serves a folder on loopback, slowly enough for two clients to meet, and remembers every download."""
+    """Serves a folder on loopback, and remembers every download. With a delay, two clients meet."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, delay_s: float) -> None:
         super().__init__(("127.0.0.1", 0), functools.partial(_Handler, directory=str(folder)))
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.downloads: list[str] = []
+        self.delay_s = delay_s
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
@@ -128,7 +129,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.downloads.append(self.path)
-        threading.Event().wait(0.3)
+        time.sleep(self.server.delay_s)
         path = Path(self.translate_path(self.path))
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if wanted is None or not path.is_file():

@@ -26,7 +26,7 @@ print(fetch(sys.argv[1], Storage(), sys.argv[2]))
 
 def test_two_processes_at_once_fetch_once(tmp_path: Path, cache: Path, serve):
     (tmp_path / "net.pth").write_bytes(DATA)
-    server = serve(tmp_path)
+    server = serve(tmp_path, delay_s=0.3)
     alone = fetch(f"{server.url}/net.pth", Storage(), SHA256)
     for_one = len(server.downloads)
     alone.unlink()

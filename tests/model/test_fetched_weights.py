@@ -81,7 +81,7 @@ def test_two_processes_fetch_torchvisions_weights_once(tmp_path: Path, serve):
     data = saved(network().state_dict())
     name = f"resnet18-{hashlib.sha256(data).hexdigest()[:8]}.pth"
     (tmp_path / name).write_bytes(data)
-    server = serve(tmp_path)
+    server = serve(tmp_path, delay_s=0.3)
     both = [python(TORCHVISION, f"{server.url}/{name}", TORCH_HOME=str(tmp_path / "home")) for _ in range(2)]
     # stdout holds the result alone, though torch.hub announces its download there
     assert [output_of(process) for process in both] == [str(network().fc.bias.tolist())] * 2

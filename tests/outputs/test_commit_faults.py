@@ -30,7 +30,7 @@ from tests.support.pieces import BOTH, IDENTITY, commit, new_dataset, piece, sha
 from tests.support.relay import Relay, relay
 from tests.support.s3 import S3Server, s3_server
 
-MOST_REQUESTS = 16  # of a commit
+MOST_REQUESTS = 13  # of a commit
 ONE_ATTEMPT = {"config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": 1}}}
 NAME = shard_id(0)
 

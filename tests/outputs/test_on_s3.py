@@ -27,7 +27,7 @@ def server() -> Iterator[S3Server]:
 @pytest.fixture
 def dataset(server: S3Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Dataset:
     server.become(monkeypatch, server.job)
-    return Dataset(f"s3://labels/{request.node.name}/", Store(Storage(endpoint_url=server.endpoint_url, deadline_s=3)))
+    return Dataset(f"s3://labels/{request.node.name}/", Store(Storage(endpoint_url=server.endpoint_url, deadline_s=1)))
 
 
 def keys(server: S3Server, dataset: Dataset) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from pipeline.errors import PipelineError
 
@@ -39,8 +39,7 @@ class Wrong(AssertionError):
     """A state that must not be, with the history that leads there."""
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """`late` is a write whose answer was lost: its actor may repeat it or die, and it may land at any moment."""
 
     store: Store
@@ -61,16 +60,18 @@ class Explorer:
         late. Raises Wrong."""
         return self._histories(State(store, ((),) * len(self.actors), None, may_lose), [])
 
-    def _histories(self, state: State, path: list[str]) -> int:
-        if state in self.seen:
-            return self.seen[state]
+    def _histories(self, state: State, path: list[tuple[Any, ...]]) -> int:
+        known = self.seen.get(state)
+        if known is not None:
+            return known
         count = 1
         for what, after in self._successors(state):
             path.append(what)
             try:
                 self.world.check(state.store, after.store)
             except Wrong as wrong:
-                raise Wrong(f"{wrong} after:\n  " + "\n  ".join(path)) from None
+                told = "\n  ".join(" ".join(map(str, parts)) for parts in path)
+                raise Wrong(f"{wrong} after:\n  {told}") from None
             count += self._histories(after, path)
             path.pop()
         if count == 1:
@@ -78,13 +79,14 @@ class Explorer:
         self.seen[state] = count
         return count
 
-    def _successors(self, state: State) -> Iterator[tuple[str, State]]:
+    def _successors(self, state: State) -> Iterator[tuple[tuple[Any, ...], State]]:
+        """Each with what has happened, in parts: they become text only where something is wrong."""
         for store in self.world.events(state.store):
-            yield "the source changes", State(store, state.answers, state.late, state.may_lose)
+            yield ("the source changes",), State(store, state.answers, state.late, state.may_lose)
         if state.late is not None:
             actor, step = state.late
             store, _ = self.world.perform(state.store, actor, step, late=True)
-            yield f"{actor}: {step} lands late", State(store, state.answers, None, False)
+            yield (actor, step, "lands late"), State(store, state.answers, None, False)
         for number, actor in enumerate(self.actors):
             step = self._step(actor, state.answers[number])
             if step is None:
@@ -92,9 +94,9 @@ class Explorer:
             store, answer = self.world.perform(state.store, actor, step)
             mine = (*state.answers[number], answer)
             answers = (*state.answers[:number], mine, *state.answers[number + 1 :])
-            yield f"{actor}: {step} -> {answer}", State(store, answers, state.late, state.may_lose)
+            yield (actor, step, "->", answer), State(store, answers, state.late, state.may_lose)
             if state.may_lose and self.world.is_write(step):
-                yield f"{actor}: {step} gets no answer", State(state.store, state.answers, (actor, step), False)
+                yield (actor, step, "gets no answer"), State(state.store, state.answers, (actor, step), False)
 
     def _step(self, actor: str, answers: tuple[Any, ...]) -> Any:
         """What the actor does next; None if it has ended."""
