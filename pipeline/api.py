@@ -135,7 +135,11 @@ def dead_letters(
 
 
 def verify(url: str | Path, sample: int = 0, config: Config | None = None) -> Verification:
-    """Check a dataset from the outside: marks against parts, footers against rows, no row twice, nothing missing."""
+    """Check a dataset from the outside: marks against parts, footers against rows, no row twice, nothing missing.
+
+    What the input lists is compared with what stands; with `sample`, so many rows are recomputed. For both the given
+    config is taken, or that of the last run.
+    """
     from pipeline.verification import verify_dataset
 
     dataset, job = _dataset(url, config)

@@ -12,10 +12,11 @@ from typing import Any
 
 from pipeline.config import JobConfig, make_config
 from pipeline.errors import ConfigError, FatalError, PipelineError, clean
-from pipeline.inputs.shards import Shard, discover
+from pipeline.inputs.shards import Keep, Shard, discover
 from pipeline.outputs.dataset import Dataset
 from pipeline.storage import Store
 
+REPORT = "report.json"
 LAST_RUNS = 5
 INPUT_DEADLINE_S = 20.0  # of a call to the input's store: an input that is down must not keep the rest from being shown
 SHOWN = ("run_id", "started_at", "exit_code", "message", "predicted", "errors", "seconds", "images_per_s")
@@ -52,8 +53,8 @@ def read_status(dataset: Dataset, config: JobConfig | None = None) -> Status:
             f"a mark in {dataset.path('_ledger')} is damaged: {clean(cause)}."
             f" `resnet-batch verify {dataset.url}` names it."
         ) from cause
-    reports = _reports(dataset)
-    listed, note = _listed_now(dataset, config, reports)
+    reports = run_files(dataset, REPORT)
+    listed, why = listed_now(dataset, config, "status", reports)
     return Status(
         url=dataset.url,
         model=identity["model"],
@@ -63,26 +64,29 @@ def read_status(dataset: Dataset, config: JobConfig | None = None) -> Status:
         errors=sum(errors for _, errors in counts),
         num_bytes=sum(file.size for file in dataset.store.each_below(dataset.path("data"))),
         incomplete=sorted(name for name, found in standing.items() if found.valid_mark is None),
-        gone=sorted(standing.keys() - listed) if listed is not None else [],
-        note=note,
+        gone=sorted(standing.keys() - {shard.id for shard in listed}) if listed is not None else [],
+        note=f"what is gone from the input is not known: {why}" if listed is None else "",
         last_runs=[_summary(dataset, url) for url in reports[:LAST_RUNS]],
     )
 
 
-def _listed_now(dataset: Dataset, config: JobConfig | None, reports: list[str]) -> tuple[set[str] | None, str]:
-    """The ids of the input's shards as they are now; or None, and why that cannot be told."""
+def listed_now(
+    dataset: Dataset, config: JobConfig | None, who: str, reports: list[str] | None = None, keep: Keep | None = None
+) -> tuple[list[Shard] | None, str]:
+    """The shards of this config's input, or the last run's, as they are now, those that `keep` takes (see `discover`);
+    or None, and why that cannot be told to `who` asks."""
     try:
-        config = config or last_config(dataset, "status", reports)
+        config = config or last_config(dataset, who, reports)
         options = config.input_storage
         options = options.model_copy(update={"deadline_s": min(options.deadline_s, INPUT_DEADLINE_S)})
-        return {shard.id for shard in discover(config.input, Store(options), output=config.output.url)}, ""
+        return discover(config.input, Store(options), keep, config.output.url), ""
     except PipelineError as cause:
-        return None, f"what is gone from the input is not known: {cause}"
+        return None, str(cause)
 
 
 def last_config(dataset: Dataset, who: str, reports: list[str] | None = None) -> JobConfig:
     """The config of the last run. Raises ConfigError, with the name of `who` asks, where no report tells it."""
-    reports = _reports(dataset) if reports is None else reports
+    reports = run_files(dataset, REPORT) if reports is None else reports
     if not reports:
         raise ConfigError(
             f"{who} takes the config that the rows were made with, and no report tells how they were made."
@@ -105,10 +109,10 @@ def listed_shards(config: JobConfig) -> dict[str, Shard]:
     return {shard.id: shard for shard in found}
 
 
-def _reports(dataset: Dataset) -> list[str]:
-    """The URLs of the runs' reports, newest first: run ids begin with the time."""
-    found = dataset.store.find(dataset.path("_runs"))
-    return sorted((file.url for file in found if file.url.endswith("/report.json")), reverse=True)
+def run_files(dataset: Dataset, *names: str) -> list[str]:
+    """The URLs of the files of these names that runs have left, newest first: run ids begin with the time."""
+    found = dataset.store.each_below(dataset.path("_runs"))
+    return sorted((file.url for file in found if file.url.rpartition("/")[2] in names), reverse=True)
 
 
 def _summary(dataset: Dataset, url: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pipeline.config import JobConfig
 from pipeline.errors import NotFound, redact
 from pipeline.inputs.shards import shard_id
+from pipeline.missing import record_pruned
 from pipeline.outputs.commit import retire_shard
 from pipeline.outputs.dataset import NOT_OURS, Dataset
 from pipeline.outputs.ledger import Standing
@@ -59,7 +60,8 @@ def prune_dataset(config: JobConfig, yes: bool) -> Pruned:
     for gone in found:
         if gone.id in regrouped:
             gone.kept = "its files are in other groups now: a run puts these in its place"
-    if yes:
+    if yes and (removable := [gone.shard for gone in found if not gone.kept]):
+        record_pruned(dataset, removable)  # first, since a prune may die
         side_by_side(lambda gone: _remove(dataset, gone, standing[gone.id]), found)
     return Pruned(config.output.url, found)
 

@@ -6,9 +6,11 @@ import json
 import logging
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -68,6 +70,11 @@ class RunReport:
 
     def __str__(self) -> str:
         return self.message
+
+
+def new_run_id(now: datetime) -> str:
+    """Sorts by time (UTC); chance tells apart what begins in the same second."""
+    return f"{now:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
 
 
 def public_config(config: JobConfig) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import json
 import logging
 import time
 import traceback
-import uuid
 from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -23,7 +22,7 @@ from pipeline.model.spec import ModelSpec, with_absolute_weights
 from pipeline.outputs.commit import CommitContext
 from pipeline.outputs.dataset import Dataset, make_identity
 from pipeline.planning import Plan, make_plan, model_and_dataset, refuse_a_selection
-from pipeline.report import RunReport, counted, public_config, watching
+from pipeline.report import RunReport, counted, new_run_id, public_config, watching
 from pipeline.verdict import judge
 
 log = logging.getLogger(__name__)
@@ -87,7 +86,7 @@ def new_report(config: JobConfig, spec: ModelSpec, plan: Plan) -> RunReport:
     """With a config that means the same in another folder: `verify` and others take it from there."""
     now = datetime.now(UTC)
     return RunReport(
-        run_id=f"{now:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}",
+        run_id=new_run_id(now),
         output_url=config.output.url,
         model_fingerprint=spec.fingerprint,
         shards_listed=len(plan.tasks) + len(plan.done),

@@ -1,4 +1,5 @@
-"""A whole dataset checked from the outside: marks, parts, errors parts, footers and rows against each other.
+"""A whole dataset checked from the outside: marks, parts, errors parts, footers and rows against each other, and what
+stands against what the input lists.
 
 Every part is read, some thousand rows at a time, so that memory does not grow with it, and the checksums of its pages
 are compared. Damage is a problem with a name, never a crash; what a store fails to deliver is raised, since it says
@@ -23,6 +24,7 @@ from pipeline.calibration import network_problem
 from pipeline.config import JobConfig
 from pipeline.errors import ConfigError, NotFound, SourceChanged, clean
 from pipeline.inputs.shards import shard_id
+from pipeline.missing import find_missing
 from pipeline.outputs.dataset import PARQUET, Dataset, Identity
 from pipeline.outputs.ledger import Mark, Standing
 from pipeline.outputs.schema import Footer, errors_schema, part_schema
@@ -69,8 +71,9 @@ class Verification:
 def verify_dataset(dataset: Dataset, sample: int = 0, config: JobConfig | None = None) -> Verification:
     """Read every part of the dataset and name every offender.
 
-    With `sample`, so many rows are recomputed from their source bytes, with the given config or that of the last run.
-    Raises NotFound where there is no dataset; one that has lost its `_dataset.json` has that problem.
+    What the input lists and a run has committed must stand. With `sample`, so many rows are recomputed from their
+    source bytes. For both the given config or that of the last run is taken. Raises NotFound where there is no dataset;
+    one that has lost its `_dataset.json` has that problem.
     """
     if sample < 0:
         raise ConfigError(f"sample is a number of rows, 0 for none; got {sample}.")
@@ -80,30 +83,43 @@ def verify_dataset(dataset: Dataset, sample: int = 0, config: JobConfig | None =
         result.problems, result.note = [lost], "nothing else was checked"
         return result
     if identity is None and dataset.has_runs():
-        result.note = "no run has committed a shard yet"
+        missing = find_missing(dataset, None, (), (), config)
+        result.problems = missing.problems
+        result.note = _joined("" if missing.problems else "no run has committed a shard yet", missing.note)
         return result
     identity = identity or dataset.known_identity()  # which says what there is instead
     standing = sorted(dataset.standing().items())
     checked = side_by_side(lambda item: _check_shard(dataset, identity, *item), standing, at_once=4)
     found = {name: what for (name, _), what in zip(standing, checked, strict=True)}
     _agree_on_width(found)
-    for name, (part, problems) in found.items():
-        result.problems.extend(f"{name}: {problem}" for problem in problems)
-        if part is not None:
-            result.shards += 1
-            result.predicted += part.footer.predicted
-            result.errors += part.footer.errors
-            result.zero_embeddings += part.zeros
-    result.problems.extend(_overlaps({name: part for name, (part, _) in found.items() if part is not None}))
+    parts = {name: part for name, (part, _) in found.items() if part is not None}
+    _count(parts, result)
+    result.problems.extend(f"{name}: {problem}" for name, (_, problems) in found.items() for problem in problems)
+    result.problems.extend(_overlaps(parts))
     result.problems.extend(_strangers(dataset))
     if problem := network_problem(dataset, identity):
         result.problems.append(problem)
+    said = [part.footer.shard for part in parts.values()]
+    missing = find_missing(dataset, identity["model_fingerprint"], found, said, config)
+    result.problems.extend(missing.problems)
+    result.note = missing.note
     if sample:
-        sound = {name: part.footer for name, (part, problems) in found.items() if part is not None and not problems}
+        sound = {name: part.footer for name, part in parts.items() if not found[name][1]}
         again = recompute(dataset, sound, sample, config)
-        result.sampled, result.agreed, result.note = again.sampled, again.agreed, again.note
+        result.sampled, result.agreed, result.note = again.sampled, again.agreed, _joined(missing.note, again.note)
         result.problems.extend(again.problems)
     return result
+
+
+def _count(parts: Mapping[str, _Scanned], result: Verification) -> None:
+    result.shards = len(parts)
+    result.predicted = sum(part.footer.predicted for part in parts.values())
+    result.errors = sum(part.footer.errors for part in parts.values())
+    result.zero_embeddings = sum(part.zeros for part in parts.values())
+
+
+def _joined(*notes: str) -> str:
+    return "\n".join(filter(None, notes))
 
 
 # --- One shard -----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 import pipeline
 from pipeline.errors import ConfigError, ModelMismatch
 from pipeline.examples.digits import encode_png, load_digits_images
+from pipeline.missing import PRUNED
 from pipeline.outputs.commit import retire_shard
 from pipeline.outputs.dataset import Dataset
 from pipeline.pruning import prune_dataset
@@ -42,9 +43,10 @@ def config(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
 
 
 def files(folder: Path) -> dict[str, int]:
-    """Every file of the dataset with the time of its writing."""
+    """Every file of the dataset with the time of its writing, but for the word that a prune leaves."""
     labels = folder / "labels"
-    return {p.relative_to(labels).as_posix(): p.stat().st_mtime_ns for p in labels.rglob("*") if p.is_file()}
+    found = [path for path in labels.rglob("*") if path.is_file() and path.name != PRUNED]
+    return {path.relative_to(labels).as_posix(): path.stat().st_mtime_ns for path in found}
 
 
 def of_shard(folder: Path, name: str) -> dict[str, int]:

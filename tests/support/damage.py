@@ -33,6 +33,12 @@ def delete_errors_part(d: Dataset) -> None:
     part(d, folder="errors").unlink()
 
 
+def lose_a_shard(d: Dataset) -> None:
+    """Part, mark and errors part together: nothing that stands tells of it."""
+    for path in (part(d, folder="errors"), mark(d), part(d)):
+        path.unlink()
+
+
 def foreign_part(d: Dataset) -> None:
     shutil.copy2(part(d), part(d).with_name("0-foreign.parquet"))
 
@@ -201,6 +207,7 @@ DAMAGE: dict[str, tuple[Callable[[Dataset], None], str]] = {
     "deleted part": (delete_part, "not committed: 1 mark, and there is an errors part"),
     "part without a mark": (delete_mark, "not committed: no marks, and there is a part and an errors part"),
     "missing errors part": (delete_errors_part, "its mark counts 1 error rows, and there is no errors part"),
+    "lost shard": (lose_a_shard, "digits-000.tar stands, though run 20260101T000000Z-aaaaaaaa committed it"),
     "foreign part": (foreign_part, "0-foreign: not committed: no marks, and there is a part"),
     "foreign part with a mark": (foreign_part_with_a_mark, "0-foreign: it is the part of another shard, file://"),
     "foreign errors part": (foreign_errors_part, "0-foreign: not committed: no marks, and there is an errors part"),

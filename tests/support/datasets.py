@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import JobConfig, make_config
+from pipeline.errors import redact
 from pipeline.inputs.shards import current_fingerprint, discover
 from pipeline.inputs.stream import pixel_blocks, read_rows
 from pipeline.model.predictor import PredictorSettings, ResNetPredictor
@@ -57,6 +58,7 @@ def commit_all(config: Mapping[str, Any] | JobConfig, run_id: str | None = None)
         report.shards_committed += 1
         report.predicted += committed.predicted
         report.errors += committed.errors
+        report.committed.append(redact(shard.url))
     report.message = f"{report.shards_committed} shards committed"
     dataset.store.put(dataset.path("_runs", report.run_id, "report.json"), report.to_json().encode())
     return dataset
