@@ -51,6 +51,7 @@ ConfigArguments = Annotated[
 ]
 OutputUrl = Annotated[str, typer.Argument(help="The dataset: a folder or s3://…", metavar="OUTPUT_URL")]
 CONFIG_HELP = "Needed where the dataset is reached by a `storage` section. Taken in place of the last run's config."
+SAMPLE_HELP = "Recompute N rows from their source bytes. Of a custom network only with --config, since it is code."
 ConfigOption = Annotated[Path | None, typer.Option("--config", metavar="FILE", help=CONFIG_HELP)]
 RetryOption = Annotated[
     list[str] | None,
@@ -214,7 +215,7 @@ def prune(
 @app.command(epilog=_examples("verify s3://bucket/labels", "verify labels --sample 20 --config nightly.yaml"))
 def verify(
     url: OutputUrl,
-    sample: Annotated[int, typer.Option(min=0, metavar="N", help="Recompute N rows from their source bytes.")] = 0,
+    sample: Annotated[int, typer.Option(min=0, metavar="N", help=SAMPLE_HELP)] = 0,
     config: ConfigOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pipeline.config import JobConfig, make_config
@@ -94,8 +93,7 @@ def last_config(dataset: Dataset, who: str, reports: list[str] | None = None) ->
         )
     try:
         report = json.loads(dataset.store.read(reports[0]))
-        folder = report.get("network_folder")
-        return make_config(report["config"], directory=Path(folder) if folder else None)
+        return make_config(report["config"])
     except (ConfigError, ValueError, KeyError, TypeError) as cause:
         raise ConfigError(
             f"{who} takes the config of the last run, {reports[0]}: {clean(cause)}. Give --config."

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from pipeline.calibration import with_network
 from pipeline.config import JobConfig, Runtime
-from pipeline.errors import ConfigError, NotFound, SourceChanged
+from pipeline.errors import ConfigError, NotFound, SourceChanged, clean
 from pipeline.inputs.shards import Shard
 from pipeline.local import predict_rows
 from pipeline.model.spec import ModelSpec, make_spec
@@ -21,6 +21,7 @@ from pipeline.outputs.dataset import Dataset
 from pipeline.outputs.schema import Footer
 from pipeline.overview import last_config, listed_shards
 
+OWN_NETWORKS = ("pipeline.examples.network:digits_resnet20",)  # which whoever writes to a dataset may name there
 MAX_PARTS = 8  # that the sampled rows come from, where these have enough
 MIN_COSINE = 0.99  # of the centred embeddings of another engine or processor
 MIN_MARGIN = 1e-3  # between the first two scores: closer, and another processor may well decide otherwise
@@ -37,12 +38,19 @@ class Recomputed:
 def recompute(dataset: Dataset, footers: Mapping[str, Footer], sample: int, config: JobConfig | None) -> Recomputed:
     """Recompute random rows of these committed shards and compare class and embedding.
 
-    Without a config, that of the last run is taken, on whatever device there is here. Shards that changed or went
-    since they were committed cannot be recomputed, and are left out; that none is left is a problem. Raises
-    ModelMismatch if the config is of another model than the dataset's, ConfigError where there is none.
+    Without a config, that of the last run is taken, on whatever device there is here; but no code, so that nothing is
+    recomputed then with a custom network. Shards that changed or went since they were committed cannot be recomputed,
+    and are left out; that none is left is a problem. Raises ModelMismatch if the config is of another model than the
+    dataset's, ConfigError where there is none.
     """
-    config, spec = (config, make_spec(config)) if config is not None else _last_config(dataset)
-    spec = with_network(spec, dataset)
+    is_given = config is not None
+    config = config or _last_config(dataset)
+    if not is_given and config.model.is_custom and config.model.name not in OWN_NETWORKS:
+        return Recomputed(
+            note=f"--sample needs --config: the network {clean(config.model.name)} is code, and what is to be executed"
+            " is not taken from a dataset"
+        )
+    spec = with_network(make_spec(config) if is_given else _last_spec(config), dataset)
     dataset.check_identity({"model_fingerprint": spec.fingerprint, "model": spec.identity})
     shards = listed_shards(config)
     fingerprints = {name: shard.fingerprint for name, shard in shards.items()}
@@ -64,13 +72,16 @@ def recompute(dataset: Dataset, footers: Mapping[str, Footer], sample: int, conf
     return result
 
 
-def _last_config(dataset: Dataset) -> tuple[JobConfig, ModelSpec]:
+def _last_config(dataset: Dataset) -> JobConfig:
     config = last_config(dataset, "--sample")
     is_noop = config.runtime.engine == "noop"
     device: Literal["cpu", "auto"] = "cpu" if config.model.precision == "int8" else "auto"
-    config = config.model_copy(update={"runtime": Runtime(engine="noop" if is_noop else "auto", device=device)})
+    return config.model_copy(update={"runtime": Runtime(engine="noop" if is_noop else "auto", device=device)})
+
+
+def _last_spec(config: JobConfig) -> ModelSpec:
     try:
-        return config, make_spec(config)
+        return make_spec(config)
     except ConfigError as cause:
         raise ConfigError(f"--sample takes the config of the last run. {cause} Give --config.") from cause
 

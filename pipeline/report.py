@@ -62,7 +62,6 @@ class RunReport:
     committed: list[str] = field(default_factory=list)  # shard URLs
     open: list[dict[str, str]] = field(default_factory=list)  # shard URL and reason
     config: dict[str, Any] = field(default_factory=dict)
-    network_folder: str = ""  # where the files of a custom network were found
 
     def to_json(self) -> str:
         """Names that are not UTF-8 stay as JSON's `\\udcff`."""

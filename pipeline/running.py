@@ -94,7 +94,6 @@ def new_report(config: JobConfig, spec: ModelSpec, plan: Plan) -> RunReport:
         shards_gone=len(plan.gone),
         started_at=now.isoformat(timespec="seconds"),
         config=public_config(_with_absolute_files(config, spec)),
-        network_folder=spec.source.found_in if spec.source is not None and spec.source.files else "",
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,8 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
 
 import pipeline
+from pipeline.cli import app
 from pipeline.config import make_config
 from pipeline.errors import ConfigError, ModelMismatch, NotFound, SourceChanged
 from pipeline.examples.tars import write_tar
@@ -22,7 +26,7 @@ from pipeline.outputs.dataset import Dataset
 from pipeline.recomputing import MAX_PARTS, _pick, differences, recompute, shares
 from pipeline.storage import Store
 from tests.support.datasets import commit_all, names, part, rewrite, set_column, vouch
-from tests.support.jobs import WEIGHTS, digits_config, digits_tars
+from tests.support.jobs import NETWORK, WEIGHTS, digits_config, digits_tars
 
 PER_SHARD = 20
 BROKEN_AT = 7
@@ -43,6 +47,12 @@ def dataset(job: dict[str, Any], tmp_path: Path) -> Dataset:
     """A copy to damage."""
     shutil.copytree(job["output"]["url"], tmp_path / "labels", copy_function=shutil.copy2)
     return Dataset(str(tmp_path / "labels"), Store())
+
+
+def needs_config(name: str) -> str:
+    return (
+        f"--sample needs --config: the network {name} is code, and what is to be executed is not taken from a dataset"
+    )
 
 
 def plant_label(rows: pa.Table) -> pa.Table:
@@ -184,7 +194,7 @@ def test_without_a_config_the_last_run_tells_it(job: dict[str, Any], dataset: Da
 
 
 def test_the_last_run_tells_it_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Input, output, weights, class names and the network of a job that was started beside them."""
+    """Input, output, weights and class names of a job that was started beside them; the network it does not tell."""
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
     job, elsewhere = tmp_path / "job", tmp_path / "elsewhere"
     digits_tars(job / "shards", 1, 6, broken=[2])
@@ -195,18 +205,55 @@ def test_the_last_run_tells_it_in_any_folder(tmp_path: Path, monkeypatch: pytest
     shutil.copy(WEIGHTS, "net.safetensors")
     model = {"name": "mine_beside_the_job:net", "weights": "net.safetensors", "classes": "names.txt"}
     commit_all(make_config(digits_config("shards", "labels", model=model), job))
+    model["name"] = NETWORK
+    commit_all(make_config(digits_config("shards", "own", model=model), job))
     monkeypatch.chdir(elsewhere)
-    found = pipeline.verify("../job/labels", sample=3)
+    found = pipeline.verify("../job/own", sample=3)
     assert (found.agreed, found.note, found.problems) == (3, "", [])
+    found = pipeline.verify("../job/labels", sample=3)
+    assert (found.ok, found.sampled, found.note) == (True, 0, needs_config("mine_beside_the_job:net"))
     assert (pipeline.status("../job/labels").gone, pipeline.status("../job/labels").note) == ([], "")
     export = pipeline.dead_letters("../job/labels", export="bad").export
     assert export is not None
     assert export.files == 1
-    (job / "mine_beside_the_job.py").unlink()
+    (job / "net.safetensors").unlink()
     with pytest.raises(
-        ConfigError, match=r"config of the last run.*there is no module mine_beside_the_job.* Give --config\."
+        ConfigError, match=r"config of the last run.*there is no file .*net.safetensors.* Give --config"
     ):
-        pipeline.verify("../job/labels", sample=3)
+        pipeline.verify("../job/own", sample=3)
+
+
+@pytest.mark.parametrize(
+    "name", ["planted:net", "pipeline.api:init", "pipeline.storage:os.abort", "pipeline.examples.network:nn.Module"]
+)
+def test_what_is_executed_is_not_taken_from_a_dataset(
+    name: str, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Whoever can write to it would choose what runs here: a module beside it, or anything of this program's."""
+    monkeypatch.chdir(tmp_path)
+    Path("planted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef net(): raise SystemExit")
+    report = next(Path(dataset.url, "_runs").glob("*/report.json"))
+    text = json.loads(report.read_text())
+    text["config"]["model"]["name"] = name
+    report.write_text(json.dumps(text))
+    found = pipeline.verify(dataset.url, sample=4)
+    assert (found.ok, found.sampled, found.note) == (True, 0, needs_config(name))
+    asked = CliRunner().invoke(app, ["verify", dataset.url, "--sample", "4"])
+    assert asked.exit_code == 0
+    assert "--sample needs --config" in asked.stdout
+    assert not list(tmp_path.glob("ran")) + list(tmp_path.glob("config.yaml"))
+    assert "planted" not in sys.modules
+
+
+def test_a_custom_network_is_recomputed_with_the_users_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    digits_tars(tmp_path / "shards", 1, 6)
+    (tmp_path / "mine_beside_the_config.py").write_text("from pipeline.examples.network import digits_resnet20 as net")
+    model = {"name": "mine_beside_the_config:net"}
+    config = make_config(digits_config(tmp_path / "shards", tmp_path / "labels", model=model), tmp_path)
+    commit_all(config)
+    found = pipeline.verify(tmp_path / "labels", sample=3, config=config)
+    assert (found.agreed, found.note, found.problems) == (3, "", [])
 
 
 def test_a_config_of_another_model_cannot_verify(job: dict[str, Any], dataset: Dataset):
