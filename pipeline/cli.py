@@ -51,7 +51,7 @@ ConfigArguments = Annotated[
 ]
 OutputUrl = Annotated[str, typer.Argument(help="The dataset: a folder or s3://…", metavar="OUTPUT_URL")]
 CONFIG_HELP = "Needed where the dataset is reached by a `storage` section. Taken in place of the last run's config."
-SAMPLE_HELP = "Recompute N rows from their source bytes. Of a custom network only with --config, since it is code."
+SAMPLE_HELP = "Recompute N rows from their source bytes. A custom network is found as in `run`, else give --config."
 ConfigOption = Annotated[Path | None, typer.Option("--config", metavar="FILE", help=CONFIG_HELP)]
 RetryOption = Annotated[
     list[str] | None,

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from pipeline.model.spec import ModelSpec, make_spec
 from pipeline.outputs.dataset import Dataset
 from pipeline.outputs.schema import Footer
 from pipeline.overview import last_config, listed_shards
+from pipeline.urls import is_local, local_path
 
 OWN_NETWORKS = ("pipeline.examples.network:digits_resnet20",)  # which whoever writes to a dataset may name there
 MAX_PARTS = 8  # that the sampled rows come from, where these have enough
@@ -38,19 +40,20 @@ class Recomputed:
 def recompute(dataset: Dataset, footers: Mapping[str, Footer], sample: int, config: JobConfig | None) -> Recomputed:
     """Recompute random rows of these committed shards and compare class and embedding.
 
-    Without a config, that of the last run is taken, on whatever device there is here; but no code, so that nothing is
-    recomputed then with a custom network. Shards that changed or went since they were committed cannot be recomputed,
-    and are left out; that none is left is a problem. Raises ModelMismatch if the config is of another model than the
-    dataset's, ConfigError where there is none.
+    Without a config, that of the last run is taken, on whatever device there is here, but no code: a custom network is
+    then a module that the current folder or the Python path has. Shards that changed or went since they were committed
+    cannot be recomputed, and are left out; that none is left is a problem. Raises ModelMismatch if the config is of
+    another model than the dataset's, ConfigError where there is none.
     """
     is_given = config is not None
     config = config or _last_config(dataset)
-    if not is_given and config.model.is_custom and config.model.name not in OWN_NETWORKS:
+    spec = make_spec(config) if is_given else _last_spec(config)
+    if not is_given and not _may_be_executed(spec, dataset):
         return Recomputed(
-            note=f"--sample needs --config: the network {clean(config.model.name)} is code, and what is to be executed"
-            " is not taken from a dataset"
+            note=f"--sample needs --config: the network {clean(config.model.name)} is no module of yours, and what is"
+            " to be executed is not taken from a dataset"
         )
-    spec = with_network(make_spec(config) if is_given else _last_spec(config), dataset)
+    spec = with_network(spec, dataset)
     dataset.check_identity({"model_fingerprint": spec.fingerprint, "model": spec.identity})
     shards = listed_shards(config)
     fingerprints = {name: shard.fingerprint for name, shard in shards.items()}
@@ -77,6 +80,15 @@ def _last_config(dataset: Dataset) -> JobConfig:
     is_noop = config.runtime.engine == "noop"
     device: Literal["cpu", "auto"] = "cpu" if config.model.precision == "int8" else "auto"
     return config.model_copy(update={"runtime": Runtime(engine="noop" if is_noop else "auto", device=device)})
+
+
+def _may_be_executed(spec: ModelSpec, dataset: Dataset) -> bool:
+    """Whether a network that a dataset names is the user's own: not any function of an installed package, and no file
+    that lies in the dataset. Nothing of it was executed so far."""
+    if spec.source is None or spec.name in OWN_NETWORKS:
+        return True
+    is_inside = is_local(dataset.url) and Path(spec.source.found_in).is_relative_to(local_path(dataset.url))
+    return bool(spec.source.files) and not is_inside
 
 
 def _last_spec(config: JobConfig) -> ModelSpec:

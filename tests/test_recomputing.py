@@ -51,7 +51,8 @@ def dataset(job: dict[str, Any], tmp_path: Path) -> Dataset:
 
 def needs_config(name: str) -> str:
     return (
-        f"--sample needs --config: the network {name} is code, and what is to be executed is not taken from a dataset"
+        f"--sample needs --config: the network {name} is no module of yours, and what is to be executed is not taken"
+        " from a dataset"
     )
 
 
@@ -210,8 +211,8 @@ def test_the_last_run_tells_it_in_any_folder(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(elsewhere)
     found = pipeline.verify("../job/own", sample=3)
     assert (found.agreed, found.note, found.problems) == (3, "", [])
-    found = pipeline.verify("../job/labels", sample=3)
-    assert (found.ok, found.sampled, found.note) == (True, 0, needs_config("mine_beside_the_job:net"))
+    with pytest.raises(ConfigError, match=r"there is no module mine_beside_the_job.* Give --config"):
+        pipeline.verify("../job/labels", sample=3)
     assert (pipeline.status("../job/labels").gone, pipeline.status("../job/labels").note) == ([], "")
     export = pipeline.dead_letters("../job/labels", export="bad").export
     assert export is not None
@@ -229,8 +230,8 @@ def test_the_last_run_tells_it_in_any_folder(tmp_path: Path, monkeypatch: pytest
 def test_what_is_executed_is_not_taken_from_a_dataset(
     name: str, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Whoever can write to it would choose what runs here: a module beside it, or anything of this program's."""
-    monkeypatch.chdir(tmp_path)
+    """Whoever can write to it would choose what runs here: a module in it, or any function that is installed."""
+    monkeypatch.chdir(dataset.url)
     Path("planted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef net(): raise SystemExit")
     report = next(Path(dataset.url, "_runs").glob("*/report.json"))
     text = json.loads(report.read_text())
@@ -243,6 +244,15 @@ def test_what_is_executed_is_not_taken_from_a_dataset(
     assert "--sample needs --config" in asked.stdout
     assert not list(tmp_path.glob("ran")) + list(tmp_path.glob("config.yaml"))
     assert "planted" not in sys.modules
+
+
+def test_a_custom_network_of_the_users_own_is_recomputed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    digits_tars(tmp_path / "shards", 1, 6)
+    (tmp_path / "mine_in_this_folder.py").write_text("from pipeline.examples.network import digits_resnet20 as net")
+    monkeypatch.chdir(tmp_path)
+    commit_all(make_config(digits_config("shards", "labels", model={"name": "mine_in_this_folder:net"})))
+    found = pipeline.verify("labels", sample=3)
+    assert (found.agreed, found.note, found.problems) == (3, "", [])
 
 
 def test_a_custom_network_is_recomputed_with_the_users_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
