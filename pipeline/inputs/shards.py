@@ -42,9 +42,11 @@ ShardKind = Literal["webdataset", "parquet", "files"]
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 PARQUET_SUFFIXES = (".parquet", ".pq")
 IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif"),
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".gif", ".webp", ".bmp", ".tif", ".tiff"),
+    *(".avif", ".avifs"),
     # Not read, but images all the same: they become error rows instead of being passed over in silence.
-    *(".heic", ".heif", ".jxl", ".jp2", ".ppm", ".pgm", ".pbm"),
+    *(".heic", ".heics", ".heif", ".heifs", ".hif", ".jxl", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".jpm"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".pam", ".dib", ".ico", ".tga", ".psd", ".psb", ".eps", ".svg"),
 )
 SUFFIXES: dict[ShardKind, tuple[str, ...]] = {
     "webdataset": TAR_SUFFIXES,
@@ -258,7 +260,8 @@ def _kind(listing: _Listing, file: FileInfo, wanted: ShardKind | Literal["auto"]
     """
     path = relative(listing.root, file.url)
     name = path.rpartition("/")[2].lower()
-    if not name or _is_hidden(path, asked=relative(listing.root, canonical(listing.url))):
+    is_image = wanted in ("auto", "files") and name.endswith(IMAGE_SUFFIXES)
+    if not name or _is_hidden(path, relative(listing.root, canonical(listing.url)), is_image):
         return None
     for kind, suffixes in SUFFIXES.items():
         if wanted in ("auto", kind) and name.endswith(suffixes):
@@ -272,10 +275,13 @@ def _kind(listing: _Listing, file: FileInfo, wanted: ShardKind | Literal["auto"]
     return None
 
 
-def _is_hidden(path: str, asked: str) -> bool:
+def _is_hidden(path: str, asked: str, is_image: bool) -> bool:
     """Whether a file or a folder on its path begins with `_` or `.`, such as `_SUCCESS`, `_temporary/…` or
-    `.a.tar.part`, though the URL does not spell such a name itself."""
-    return any(f"/{mark}" in f"/{path}" and f"/{mark}" not in f"/{asked}" for mark in "_.")
+    `.a.tar.part`, though the URL does not spell such a name itself. Of an image's own name `_` says nothing: writers
+    leave no images behind, and cameras call photographs `_MG_1234.JPG`."""
+    folder = path[: path.rfind("/") + 1]
+    looked_at = {".": path, "_": folder if is_image else path}
+    return any(f"/{mark}" in f"/{part}" and f"/{mark}" not in f"/{asked}" for mark, part in looked_at.items())
 
 
 # --- Loose files ---------------------------------------------------------------------------------------------------
