@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,7 @@ from PIL import (  # noqa: F401 - importing a plugin registers its format
 
 from pipeline.config import Transform
 from pipeline.errors import Reject, clean
+from pipeline.inputs import heif
 from pipeline.inputs.guards import (
     MAX_EXIF_TEXT,
     Pieces,
@@ -58,7 +60,7 @@ from pipeline.inputs.resizing import (
     two_steps,
 )
 
-# Naming the formats keeps Ghostscript (EPS) and rarely used parsers away from untrusted bytes.
+# Naming the formats keeps Ghostscript (EPS) and rarely used parsers away from untrusted bytes. HEIC is in heif.py.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
 
 Image.MAX_IMAGE_PIXELS = None
@@ -79,7 +81,6 @@ _OTHER_FORMATS = (
     (b"%!PS", "EPS"),
     (b"MM\x00\x2b", "big-endian BigTIFF"),  # which Pillow takes for a plain TIFF, and reads other tags than libtiff
 )
-_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 # Pillow tells these apart in its messages only.
 _SAYS_TOO_LARGE = re.compile(r"too large|too much memory|exceeds limit", re.IGNORECASE)
@@ -145,6 +146,8 @@ def _checked(data: bytes, transform: Transform, max_pixels: int) -> ImageFile.Im
     image = _open(data)
     _check_size(image.size, transform.resize, max_pixels)
     check_effort(data, image, max_pixels)
+    if image.format == heif.FORMAT:
+        heif.check_parts(data, max_pixels)
     return image
 
 
@@ -164,24 +167,28 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     if other := _other_format(data):
         raise rejected("unsupported_format", f"this is {other}; supported are {', '.join(FORMATS)}")
     check_metadata(data)
+    if heif.is_heif(data):
+        return _opened(heif.opener(), data)
     for format_ in FORMATS:
         factory, accept = Image.OPEN[format_]
         accepted = accept is None or accept(data[:16])
         if isinstance(accepted, str):  # this build of Pillow lacks the codec, and says so
             raise rejected("unsupported_format", accepted)
         if accepted:
-            try:
-                return factory(Pieces(data), "")
-            except Reject:
-                raise
-            except Exception as cause:  # Pillow's parsers raise whatever the bytes lead them to
-                raise _verdict(cause, data) from cause
+            return _opened(factory, data)
     raise rejected("not_an_image", f"it starts with {data[:16]!r}, which is none of {', '.join(FORMATS)}")
 
 
+def _opened(factory: Callable[..., ImageFile.ImageFile], data: bytes) -> ImageFile.ImageFile:
+    try:
+        return factory(Pieces(data), "")
+    except Reject:
+        raise
+    except Exception as cause:  # parsers raise whatever the bytes lead them to
+        raise _verdict(cause, data) from cause
+
+
 def _other_format(data: bytes) -> str | None:
-    if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS and b"avif" not in data[8:64]:
-        return "HEIC"
     return next((name for magic, name in _OTHER_FORMATS if data.startswith(magic)), None)
 
 
@@ -194,7 +201,7 @@ def _read(data: bytes, image: ImageFile.ImageFile) -> Stored:
         array = _rgb(image)
     except Reject:
         raise
-    except Exception as cause:  # as in _open
+    except Exception as cause:  # as in _opened
         raise _verdict(cause, data) from cause
     return Stored(array, array.shape[1], array.shape[0], _orientation(image))
 
@@ -220,6 +227,8 @@ def eight_bits(image: Image.Image) -> Array:
 
 def _orientation(image: ImageFile.ImageFile) -> Orientation:
     """How EXIF or XMP says that the picture was held. Call it before reading a JPEG or after `load`."""
+    if image.format == heif.FORMAT:
+        return UPRIGHT  # libheif has turned it, as the container says, whose word counts there
     try:
         check_values(image.info.get("exif", b""))
         if len(image.info.get("Raw profile type exif", "")) > MAX_EXIF_TEXT:
@@ -262,6 +271,8 @@ def _verdict(cause: Exception, data: bytes) -> Reject:
     the process rather than refusing an allocation, so the file asked for something absurd inside.
     """
     message = clean(cause)
+    if heif.is_heif(data) and (said := heif.verdict(message)):
+        return said
     if isinstance(cause, MemoryError) or _SAYS_TOO_LARGE.search(message):
         return rejected("too_large", message)
     if _SAYS_MODE.search(message):
@@ -277,7 +288,7 @@ def _is_cut(data: bytes) -> bool:
         return int.from_bytes(data[4:8], "little") + 8 > len(data)
     if data.startswith((b"II*\0", b"MM\0*")):  # TIFF
         return int.from_bytes(data[4:8], "little" if data.startswith(b"II") else "big") >= len(data)
-    if data[4:8] == b"ftyp":  # AVIF: boxes, each beginning with its length, of which 0 and 1 mean something else
+    if data[4:8] == b"ftyp":  # AVIF, HEIC: boxes, each beginning with its length, of which 0 and 1 mean something else
         end, length = 0, 8
         while length >= 8 and end < len(data):
             length = int.from_bytes(data[end : end + 4])

@@ -148,7 +148,6 @@ REFUSED = {
         png(1, 1, b"\0\0\0\0", extra=png_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2 << 20)))),
         "too_large",
     ),
-    "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100), "unsupported_format"),
     "jpeg xl": (b"\xff\x0a" + bytes(100), "unsupported_format"),
     "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "unsupported_format"),
     "floating-point tiff": (encode(PHOTO.convert("F"), "TIFF"), "unsupported_mode"),

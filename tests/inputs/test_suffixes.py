@@ -9,6 +9,7 @@ import pytest
 from pipeline.backends import FileInfo
 from pipeline.config import Transform
 from pipeline.errors import Reject
+from pipeline.inputs import heif
 from pipeline.inputs.images import decode
 from pipeline.inputs.shards import IMAGE_SUFFIXES, group_files
 from tests.inputs.discovery import found, names, paths, touch
@@ -18,7 +19,8 @@ from tests.support.tars import tar
 
 PHOTO = photo(60, 40)
 JPEG = encode(PHOTO, "JPEG")
-HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+heif.opener()  # so that Pillow writes HEIC
+HEIC = encode(PHOTO, "HEIF")
 JPEG_2000 = b"\x00\x00\x00\x0cjP  \r\n\x87\n" + bytes(100)
 CODESTREAM = b"\xff\x4f\xff\x51\0\x29" + bytes(100)
 PSD = b"8BPS\0\1" + bytes(100)
@@ -36,7 +38,7 @@ WHOLE = {
     **{suffix: (encode(PHOTO, "TIFF"), "") for suffix in ("tif", "tiff")},
     "avif": (encode(PHOTO, "AVIF"), ""),
     "avifs": (encode(PHOTO, "AVIF", save_all=True, append_images=[photo(60, 40, 1)]), ""),
-    **dict.fromkeys(("heic", "heics", "heif", "heifs", "hif"), (HEIC, "unsupported_format")),
+    **dict.fromkeys(("heic", "heics", "heif", "heifs", "hif"), (HEIC, "")),
     "jxl": (b"\xff\x0a" + bytes(100), "unsupported_format"),
     **dict.fromkeys(("jp2", "jpf", "jpx", "jpm"), (JPEG_2000, "unsupported_format")),
     **dict.fromkeys(("j2k", "j2c", "jpc"), (CODESTREAM, "unsupported_format")),

@@ -27,7 +27,7 @@ import numpy as np
 from pipeline.config import Transform
 from pipeline.error_classes import ERROR_CLASSES
 from pipeline.errors import Reject
-from pipeline.inputs import images
+from pipeline.inputs import heif, images
 
 REPOSITORY = Path(__file__).parents[2]
 MAX_PIXELS = 1_000_000
@@ -39,7 +39,7 @@ INTERESTING = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)
 
 @cache
 def originals() -> list[tuple[str, bytes]]:
-    """Format and bytes of images of seven formats, in the ways that they are written."""
+    """Format and bytes of images of eight formats, in the ways that they are written."""
     from PIL import Image
     from sklearn.datasets import load_sample_image
 
@@ -69,7 +69,11 @@ def originals() -> list[tuple[str, bytes]]:
         ("TIFF", small.convert("1"), {"compression": "group4"}),
         ("AVIF", photo, {"exif": turned}),
         ("AVIF", small, frames),
+        ("HEIF", photo, {"exif": turned}),
+        ("HEIF", small.convert("RGBA"), frames),
+        ("HEIF", photo, {"tile_size": 64}),
     ]
+    heif.opener()  # so that Pillow writes it
     encoded = []
     for kind, image, options in found:
         buffer = io.BytesIO()
