@@ -5,7 +5,6 @@ Nothing but tensors and plain values is ever unpickled: a pickle can run code. I
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import io
@@ -20,13 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import WeightsError, clean, redact
 from pipeline.model.cache import check_sha256, fetch, file_sha256, lock
 from pipeline.model.spec import ModelSpec, suffix_of
+from pipeline.model.stand_ins import NotPlain, holds_stand_in, safe_globals
 from pipeline.urls import is_local
 
 log = logging.getLogger(__name__)
@@ -52,6 +51,8 @@ class StateDict(dict[str, Any]):
 
 
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "module", "weights")
+# Names that are looked at where none of those is there: of a network, and of the average of one.
+OWN, AVERAGED = ("params", "state"), ("params_ema", "ema")
 PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.", "backbone.", "encoder.", "resnet.")
 # What DataParallel, Fabric, torch.compile, FSDP and checkpointing put before the names of what they wrap, which may be
 # any module inside.
@@ -149,16 +150,22 @@ def _unpickle(data: bytes, name: str) -> Any:
             raise WeightsError(f"{name} is no checkpoint: {what}.")
     _check_unfolded(data, name)
     try:
-        with torch.serialization.safe_globals(_safe_globals()):
+        with torch.serialization.safe_globals(safe_globals()):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
+        if isinstance(error, NotPlain):
+            raise _pickled(name, f"Among them is {error}.") from error
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            raise WeightsError(
-                f"{name} holds pickled objects besides tensors, which are not loaded, since loading them can run any"
-                " code. Where you trust the file, save its tensors alone: torch.save(network.state_dict(), path), or"
-                f" as .safetensors. torch says: {_first_sentence(error)}"
-            ) from error
+            raise _pickled(name, f"torch says: {_first_sentence(error)}") from error
         raise WeightsError(f"{name} is no checkpoint that torch can read: {_first_sentence(error)}.") from error
+
+
+def _pickled(name: str, what: str) -> WeightsError:
+    return WeightsError(
+        f"{name} holds pickled objects besides tensors, which are not loaded, since loading them can run any code."
+        " Where you trust the file, save its tensors alone: torch.save(network.state_dict(), path), or as"
+        f" .safetensors. {what}"
+    )
 
 
 def _first_sentence(error: Exception) -> str:
@@ -183,17 +190,12 @@ def _check_unfolded(data: bytes, name: str) -> None:
         )
 
 
-def _safe_globals() -> list[Any]:
-    """What training scripts store beside the tensors and what can't run code: arguments, numpy numbers."""
-    kinds = [getattr(np.dtypes, name) for name in np.dtypes.__all__]
-    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
-    old_names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    return [argparse.Namespace, np.dtype, *kinds, *old_names]
-
-
 def _unwrap(checkpoint: Any, name: str) -> StateDict:
     """The mapping of tensors in what a training script saved, such as `{"state_dict": …, "epoch": 3}`."""
     state = _state_in(checkpoint)
+    if not _is_network(state) and isinstance(checkpoint, Mapping):
+        state = _lone_state(checkpoint, name) or state
+    _check_extras(state, name)
     if state:
         return state
     has = (
@@ -216,6 +218,45 @@ def _state_in(saved: Any, depth: int = 8) -> StateDict:
         ((str(key), value) for key, value in saved.items() if isinstance(value, Tensor) or _is_extra(str(key))),
         getattr(saved, "_metadata", None),
     )
+
+
+def _lone_state(checkpoint: Mapping[Any, Any], name: str) -> StateDict | None:
+    """The only network in a checkpoint without a wrapper's usual name, None where there is none. WeightsError where
+    there are several: a network beside its average, or two that were trained against each other."""
+    inner = {
+        str(key): _state_in(value)
+        for key, value in checkpoint.items()
+        if not _is_extra(str(key)) and (str(key) in (*OWN, *AVERAGED) or _is_of_tensors(value))
+    }
+    inner = {key: state for key, state in inner.items() if _is_network(state)}
+    own = [key for key in OWN if key in inner]
+    if len(own) == 1 and not any(key in inner for key in AVERAGED):
+        return inner[own[0]]
+    if len(inner) > 1:
+        raise WeightsError(
+            f"{name} holds tensors under several keys, {', '.join(inner)}, any of which may be the network. Save the"
+            f" one that is meant under the key {WRAPPERS[0]}, or alone."
+        )
+    return next(iter(inner.values()), None)
+
+
+def _is_of_tensors(value: Any) -> bool:
+    """Whether it can be a state_dict; what an optimizer keeps lies one step deeper, beside plain values."""
+    return isinstance(value, Mapping) and all(
+        isinstance(key, str) and (isinstance(found, Tensor) or _is_extra(key)) for key, found in value.items()
+    )
+
+
+def _is_network(state: StateDict) -> bool:
+    """Whether it holds more than single numbers, such as a loss."""
+    return any(isinstance(value, Tensor) and value.ndim for value in state.values())
+
+
+def _check_extras(state: StateDict, name: str) -> None:
+    """WeightsError if a module would be given something else than it has stored."""
+    for key, value in state.items():
+        if _is_extra(key) and holds_stand_in(value):
+            raise _pickled(name, f"Among them is what a module is to be given as {key}.")
 
 
 def match_keys(state: StateDict, own: Iterable[str]) -> StateDict:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import collections
+import datetime
 import functools
 import gzip
 import io
 import os
+import pathlib
 import pickle
 import tarfile
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
@@ -34,6 +38,16 @@ class Malicious:
         return (os.system, (f"touch {self.path}",))
 
 
+class Calling:
+    """Unpickling it calls what it is made of."""
+
+    def __init__(self, *call: object, state: object = None) -> None:
+        self.call, self.state = call, state
+
+    def __reduce__(self):
+        return (self.call[0], self.call[1:], *([] if self.state is None else [self.state]))
+
+
 def as_zip(trap: object) -> bytes:
     return saved({"state_dict": network().state_dict(), "args": trap})
 
@@ -48,6 +62,31 @@ def as_nested(trap: object) -> bytes:
 
 def as_key(trap: object) -> bytes:
     return saved(collections.OrderedDict([("fc.bias", torch.ones(7)), ("args", functools.partial(trap.__reduce__))]))
+
+
+def as_array_of_objects(trap: object) -> bytes:
+    return saved({"state_dict": network().state_dict(), "history": np.array([trap], dtype=object)})
+
+
+def as_array_of_records(trap: object) -> bytes:
+    history = np.array([(1, trap)], dtype=[("epoch", "i4"), ("what", "O")])
+    return saved({"state_dict": network().state_dict(), "history": history})
+
+
+def as_factory(trap: object) -> bytes:
+    return saved({"state_dict": network().state_dict(), "groups": collections.defaultdict(os.getcwd, a=trap)})
+
+
+def as_container(trap: object) -> bytes:
+    return saved({"state_dict": network().state_dict(), "last": collections.deque([trap], maxlen=2)})
+
+
+def as_path(trap: object) -> bytes:
+    return saved(Calling(pathlib.PosixPath, trap))
+
+
+def as_time(trap: object) -> bytes:
+    return saved(Calling(datetime.timezone, Calling(datetime.timedelta, trap)))
 
 
 def as_plain_pickle(trap: object) -> bytes:
@@ -93,6 +132,7 @@ def as_torchscript(trap: object) -> bytes:
 
 FORMATS = [
     *(as_zip, as_legacy, as_nested, as_key, as_plain_pickle, as_newest_pickle, as_tar, as_package, as_torchscript),
+    *(as_array_of_objects, as_array_of_records, as_factory, as_container, as_path, as_time),
 ]
 
 
@@ -124,6 +164,60 @@ def test_a_pickle_that_runs_code_is_refused_with_the_way_out(trap: Malicious):
 def test_no_format_and_no_name_makes_a_pickle_run(trap: Malicious, disguise: Callable[[object], bytes], name: str):
     with pytest.raises(WeightsError):
         parse(disguise(trap), name)
+
+
+REFUSED = "holds pickled objects besides tensors"
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [os.getcwd, print, eval, functools.partial(int, "1"), collections.OrderedDict.fromkeys, pathlib.Path.unlink, vars],
+)
+def test_only_a_builtin_type_makes_defaults(factory: Callable[..., object]):
+    data = saved({"state_dict": network().state_dict(), "groups": collections.defaultdict(factory)})
+    with pytest.raises(WeightsError, match=REFUSED):
+        parse(data, "net.pth")
+
+
+@pytest.mark.parametrize("history", [np.array([1, None]), np.zeros(2, dtype=[("a", "O")]), np.zeros(2, dtype="T")])
+def test_arrays_that_may_hold_anything_are_refused(history: np.ndarray):
+    with pytest.raises(WeightsError, match=f"{REFUSED}.*(Among them is a numpy array of Python objects|stringdtype)"):
+        parse(saved({"state_dict": network().state_dict(), "history": history}), "net.pth")
+
+
+@pytest.mark.parametrize("data", [(), (b"",), (b"short",), ([0],), (None,)])
+@pytest.mark.parametrize("kind", ["V2000000000", "U500000000", "O"])
+def test_a_number_that_claims_more_than_the_file_holds_is_refused(kind: str, data: tuple[object, ...]):
+    with pytest.raises(WeightsError, match=f"{REFUSED}.* Among them is a numpy scalar"):
+        parse(saved({"a": torch.ones(1), "best": Calling(SCALAR, np.dtype(kind), *data)}), "net.pth")
+
+
+SCALAR, RECONSTRUCT = np._core.multiarray.scalar, np._core.multiarray._reconstruct
+HUGE = 2**31
+CLAIMS = {
+    "an array of that shape": lambda: Calling(RECONSTRUCT, np.ndarray, (HUGE,), b"b"),
+    "an array of that state": lambda: Calling(
+        RECONSTRUCT, np.ndarray, (0,), b"b", state=(1, (HUGE,), np.dtype("f8"), False, b"")
+    ),
+    "an array, called itself": lambda: Calling(np.ndarray, (HUGE,)),
+    "a tuple of an array": lambda: Calling(tuple, Calling(np.ndarray, (HUGE,))),
+    "bytes": lambda: Calling(bytes, HUGE),
+    "a deque without end": lambda: Calling(collections.deque, Calling(bytes, HUGE), HUGE),
+    "a list": lambda: Calling(list, Calling(bytes, HUGE)),
+    "a path": lambda: Calling(pathlib.PosixPath, *["a" * 100] * 100),
+}
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_a_small_file_takes_little_memory_whatever_it_claims(claim: str):
+    data = saved({"a": torch.ones(1), "beside": [CLAIMS[claim]() for _ in range(20)]})
+    assert len(data) < 30_000
+    tracemalloc.start()
+    try:
+        assert parse(data, "net.pth").keys() == {"a"}
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
 
 
 def test_safetensors_under_another_name_are_refused():

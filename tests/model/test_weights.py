@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import collections
+import datetime
+import pathlib
 
 import numpy as np
 import pytest
@@ -51,6 +53,114 @@ TRAINING = {"epoch": 3, "arch": "resnet18", "optimizer": {"state": {0: {"momentu
 )
 def test_wrappers_with_other_entries_beside(checkpoint):
     assert_is_the_network(saved(checkpoint(network().state_dict())))
+
+
+UTC = datetime.UTC
+BESIDE = {
+    "numbers": np.arange(6.0).reshape(2, 3),
+    "none": np.array([]),
+    "texts": np.array(["a", "b"]),
+    "records": np.zeros(2, dtype=[("loss", "f4"), ("at", "M8[s]")]),
+    "paths": argparse.Namespace(out=pathlib.PosixPath("/out"), data=[pathlib.PureWindowsPath("c:/data")]),
+    "by name": {pathlib.PurePosixPath("a"): 1},
+    "groups": [
+        collections.defaultdict(kind, {"a": kind()}) for kind in (list, int, float, dict, set, str, bool, bytes)
+    ],
+    "nested": collections.defaultdict(list, a=[collections.defaultdict(int, b=1)]),
+    "last": collections.deque([1, np.ones(2)], maxlen=3),
+    "classes": frozenset(["a"]),
+    "kinds": argparse.Namespace(type=int, container=list),
+    "times": [
+        datetime.datetime(2026, 1, 2, tzinfo=UTC),
+        datetime.date(2026, 1, 2),
+        datetime.time(3),
+        datetime.datetime.max,
+    ],
+    "spans": (datetime.timedelta(days=1), datetime.timezone(datetime.timedelta(hours=1), "X")),
+}
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("beside", BESIDE)
+def test_what_cannot_run_code_may_lie_beside_the_tensors(beside: str, is_zip: bool):
+    checkpoint = {beside: BESIDE[beside], "state_dict": network().state_dict(), "after": BESIDE[beside]}
+    assert_is_the_network(saved(checkpoint, _use_new_zipfile_serialization=is_zip))
+
+
+def test_other_releases_spellings_of_what_lies_beside():
+    """Of numpy 1, and of Python 3.13; protocol 2 stores a global's name as a line, so its length may change."""
+    beside = {"history": np.ones(3), "path": pathlib.PosixPath("/out"), "windows": pathlib.PurePosixPath("c:/out")}
+    data = saved({"state_dict": network().state_dict(), **beside}, _use_new_zipfile_serialization=False)
+    for before, after in (
+        (b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"),
+        (b"cpathlib\nPosixPath\n", b"cpathlib._local\nPosixPath\n"),
+        (b"cpathlib\nPurePosixPath\n", b"cpathlib\nWindowsPath\n"),
+    ):
+        assert before in data
+        data = data.replace(before, after)
+    assert_is_the_network(data)
+
+
+def test_a_network_may_lie_in_a_container_with_a_default():
+    assert_is_the_network(saved(collections.defaultdict(dict, state_dict=network().state_dict())))
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        lambda state: {"params": state, "iteration": 3},
+        lambda state: {"params_ema": state},
+        lambda state: {"ema": {"module": state}, "epoch": torch.tensor(3)},
+        lambda state: {"state": state, "loss": torch.tensor(0.1), "rng": {"torch": torch.ones(9, dtype=torch.uint8)}},
+        lambda state: {"classifier": state, **TRAINING},
+        lambda state: {
+            "classifier": dict(state),
+            "loss": torch.tensor(0.1),
+            "names": {},
+            "scale": {"a": torch.ones(())},
+        },
+        lambda state: {**state, "ema": {"fc.bias": torch.zeros(7)}, "discriminator": {"a": torch.ones(1)}},
+        lambda state: {"model": state, "ema": {"fc.bias": torch.zeros(7)}, "params": {"fc.bias": torch.zeros(7)}},
+        lambda state: {"model": {"loss": torch.tensor(1)}, "params": state},
+    ],
+)
+def test_other_wrappers_where_only_one_can_be_meant(checkpoint):
+    assert_is_the_network(saved(checkpoint(network().state_dict())))
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        (("params", "params_ema"), "params, params_ema"),
+        (("params", "state"), "params, state"),
+        (("generator", "discriminator"), "generator, discriminator"),
+        (("generator", "ema"), "generator, ema"),
+    ],
+)
+def test_where_several_networks_may_be_meant_their_keys_are_named(keys: tuple[str, ...], named: str):
+    state = network().state_dict()
+    with pytest.raises(WeightsError, match=f"net.pth holds tensors under several keys, {named}, any .* key state_dict"):
+        parse(saved(dict.fromkeys(keys, state) | TRAINING), "net.pth")
+
+
+def test_an_optimizers_tensors_are_no_network():
+    optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), momentum=0.9)
+    optimizer.state[optimizer.param_groups[0]["params"][0]]["momentum_buffer"] = torch.ones(2, 2)
+    for checkpoint in ({"epoch": 3, "optimizer": optimizer.state_dict()}, optimizer.state_dict()):
+        with pytest.raises(WeightsError, match="holds no state_dict, but the entries "):
+            parse(saved(checkpoint), "net.pth")
+
+
+@pytest.mark.parametrize("kept", [np.ones(2), {"a": [pathlib.PosixPath("a")]}, argparse.Namespace(kind=list)])
+def test_a_module_is_given_nothing_else_than_it_has_stored(kept: object):
+    """What lies beside tensors is forgotten, so it is refused where it is wanted."""
+    state = {"fc.weight": torch.ones(2), "fc._extra_state": kept}
+    with pytest.raises(WeightsError, match=r"holds pickled objects .* given as fc\._extra_state\.$"):
+        parse(saved({"state_dict": state}), "net.pth")
+    round_and_round: list[object] = [1, np.float64(0.5), {"a": (torch.ones(3),)}]
+    round_and_round.append(round_and_round)
+    state["fc._extra_state"] = round_and_round
+    assert parse(saved(state), "net.pth")["fc._extra_state"][1] == 0.5
 
 
 def test_the_older_file_format_and_numpys_older_names():
