@@ -14,7 +14,7 @@ from tests.support.chaos import Round, command_of, play
 
 ROUNDS = {
     3405: "kill node, kill predictor, kill reader",
-    9824: "kill driver, suspend predictor, kill committer",
+    70709: "kill driver, kill committer, suspend predictor",
 }
 
 
