@@ -240,34 +240,48 @@ def _way_out(spec: ModelSpec) -> str:
 
 
 def _check_agreement(network: Network, model: Any, spec: ModelSpec) -> None:
-    """Unconvertible unless the converted network gives torch's numbers."""
-    import torch
-
+    """Unconvertible unless the converted network gives torch's numbers. WeightsError if torch gives none that are
+    finite: where it gives some, images may have results, and those that have none become error rows."""
     differs = (
         f"OpenVINO does not compute what torch does with the network {spec.name}, perhaps because what it does depends"
         f" on its input, or on the size or the number of the images. {_way_out(spec)}."
     )
-    engine = None
-    for pixels in _examples(network.head.input_size, spec.transform.crop is not None):
+    examples = list(_computed_examples(network, spec.transform.crop is not None))
+    if not any(_has_finite_row(expected) for _, expected in examples):
+        raise WeightsError(
+            f"the network {spec.name} returns numbers that are not finite, in torch as well: its weights"
+            f" ({redact(spec.weights.reference) or spec.weights.kind}) are damaged, or training has diverged."
+        )
+    try:
+        engine = OpenVinoEngine(compiled(model.clone(), "f32", num_cores()))
+        agree = all(
+            _agree(*rows) for pixels, expected in examples for rows in zip(engine(pixels), expected, strict=True)
+        )
+    except RuntimeError as error:
+        raise Unconvertible(f"{differs} OpenVINO says: {clean(error)}") from error
+    if not agree:
+        raise Unconvertible(differs)
+
+
+def _computed_examples(network: Network, is_fixed: bool) -> Iterator[tuple[PixelBatch, list[Outputs]]]:
+    """Pixels, and torch's logits and embeddings of them. A network may take one size only, that of the first example:
+    torch refuses others at run time as well."""
+    import torch
+
+    for number, pixels in enumerate(_examples(network.head.input_size, is_fixed)):
         try:
             with torch.inference_mode():
                 expected = [rows.numpy() for rows in network(torch.from_numpy(pixels))]
         except Exception:
-            if engine is None:
+            if number == 0:
                 raise
-            continue  # a network that takes one size only: torch refuses others at run time as well
-        if not all(np.isfinite(rows).all() for rows in expected):
-            raise WeightsError(
-                f"the network {spec.name} returns numbers that are not finite, in torch as well: its weights"
-                f" ({redact(spec.weights.reference) or spec.weights.kind}) are damaged, or training has diverged."
-            )
-        try:
-            engine = engine or OpenVinoEngine(compiled(model.clone(), "f32", num_cores()))
-            found = engine(pixels)
-        except RuntimeError as error:
-            raise Unconvertible(f"{differs} OpenVINO says: {clean(error)}") from error
-        if not all(_agree(*rows) for rows in zip(found, expected, strict=True)):
-            raise Unconvertible(differs)
+            continue
+        yield pixels, expected
+
+
+def _has_finite_row(outputs: list[Outputs]) -> bool:
+    """Whether the logits and the embedding of an image are finite."""
+    return bool(np.all([np.isfinite(rows).all(axis=1) for rows in outputs], axis=0).any())
 
 
 def _examples(side: int, is_fixed: bool) -> Iterator[PixelBatch]:
@@ -284,4 +298,11 @@ def _examples(side: int, is_fixed: bool) -> Iterator[PixelBatch]:
 
 
 def _agree(found: Outputs, wanted: Outputs) -> bool:
-    return found.shape == wanted.shape and bool(np.abs(found - wanted).max() <= TOLERANCE * np.abs(wanted).max())
+    """Whether the finite numbers are alike, and stand in the same places: a row that is not finite is an error row."""
+    if found.shape != wanted.shape:
+        return False
+    is_finite = np.isfinite(wanted)
+    if not np.array_equal(np.isfinite(found), is_finite):
+        return False
+    found, wanted = found[is_finite], wanted[is_finite]
+    return not wanted.size or bool(np.abs(found - wanted).max() <= TOLERANCE * np.abs(wanted).max())

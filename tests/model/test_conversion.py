@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from pipeline.errors import ConfigError, FatalError, WeightsError
-from pipeline.model.engines import OutOfMemory, Unconvertible, load_engine
-from pipeline.model.openvino_engine import converted
+from pipeline.model.engines import OutOfMemory, Unconvertible, find_engine, load_engine
+from pipeline.model.openvino_engine import OpenVinoEngine, _agree, converted
 from pipeline.model.zoo import build, resolve
 from tests.model.helpers import FUNCTIONAL, PIXELS, computed, normalised, output_of, python
 
@@ -242,6 +242,62 @@ def test_weights_that_have_diverged_are_not_blamed_on_openvino(custom, tmp_path:
     spec = custom(FUNCTIONAL, weights="nan.pth")
     with pytest.raises(WeightsError, match=r"not finite, in torch as well: its weights .*nan.pth"):
         load_engine("openvino", spec, resolve(spec), "cpu", 1)
+
+
+@pytest.mark.parametrize("odd", ["(y - y) / (y - y)", "1 / (y - y)"], ids=["not a number", "infinite"])
+def test_a_network_whose_numbers_are_not_finite_for_some_images_is_used(custom, odd: str):
+    """By the engine that agrees with torch on the others, or by torch: the image becomes an error row."""
+    spec = custom(f"""
+        class Net(Base):
+            def forward(self, x):
+                y = self.features(x)
+                return self.fc(torch.where((x.mean((1, 2, 3)) > 0.7)[:, None], {odd}, y))
+    """)
+    pixels = PIXELS.copy()
+    pixels[1] = 250
+    expected = computed(spec, pixels)
+    assert np.isfinite(expected[0]).all(axis=1).tolist() == [True, False, True]
+    found = load_engine(find_engine("auto", "cpu", spec), spec, resolve(spec), "cpu", 3)(pixels)
+    for rows, wanted in zip(found, expected, strict=True):
+        assert (np.isfinite(rows) == np.isfinite(wanted)).all()
+        np.testing.assert_allclose(rows[[0, 2]], wanted[[0, 2]], rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_that_openvino_finds_finite_where_torch_does_not_is_left_to_torch(custom, monkeypatch):
+    """A row that is an error row by one engine is one by the other."""
+    spec = custom("""
+        class Net(Base):
+            def forward(self, x):
+                y = self.features(x)
+                return self.fc(torch.where((x.mean((1, 2, 3)) > 0.7)[:, None], (y - y) / (y - y), y))
+    """)
+    compute = OpenVinoEngine.__call__
+    monkeypatch.setattr(OpenVinoEngine, "__call__", lambda *call: [np.nan_to_num(rows) for rows in compute(*call)])
+    with pytest.raises(Unconvertible, match="OpenVINO does not compute what torch does"):
+        converted(spec)
+    assert find_engine("auto", "cpu", spec) == "eager"
+
+
+NAN, INF = np.nan, np.inf
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "agrees"),
+    [
+        ([1, NAN], [1, NAN], True),
+        ([1, INF], [1, NAN], True),
+        ([1, NAN], [1, 2], False),
+        ([1, 2], [1, NAN], False),
+        ([NAN, 1], [1, NAN], False),
+        ([2, NAN], [1, NAN], False),
+        ([1.0001, 5, NAN], [1, 5, INF], True),
+        ([NAN, INF], [INF, NAN], True),
+        ([NAN], [1], False),
+        ([1, 2], [1], False),
+    ],
+)
+def test_numbers_agree_that_are_finite_in_the_same_places(found: list[float], wanted: list[float], agrees: bool):
+    assert _agree(np.array([found], np.float32), np.array([wanted], np.float32)) is agrees
 
 
 def test_heads_that_switch_autocast_off_run_in_reduced_precision(custom):
