@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from pipeline.config import Transform
 from pipeline.errors import ConfigError, clean
+from pipeline.model.spec import PROBE_SIZES
 
 Executed = list[tuple[nn.Linear, Any]]  # each with its input, in order
 
 ROW_TOLERANCE = 1e-3  # of the greatest value of a row; some 1e-6 is usual
 SUM_TOLERANCE = 1e-4  # of the sum of a row of probabilities
-PROBE_SIZES = (224, 32, 64, 96, 28)  # pixels; tried in turn where the transform sets no size
 
 
 @dataclass(frozen=True)

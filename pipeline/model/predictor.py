@@ -18,13 +18,12 @@ from pipeline.deaths import LONE_DEATHS, SPLIT_AFTER, Notes, killer
 from pipeline.errors import FatalError, PipelineError, Reject, clean
 from pipeline.model.engines import Engine, OutOfMemory, load_engine
 from pipeline.model.results import Batch, Results, connect
-from pipeline.model.spec import ModelInfo, ModelSpec
+from pipeline.model.spec import PROBE_SIZES, ModelInfo, ModelSpec
 from pipeline.model.turns import Turns
 from pipeline.rows import IDENTITY, VERDICT, Columns, Kind
 from pipeline.timing import Busy
 
 IMAGE_SIZE = ["pixel_width", "pixel_height"]
-SIDE = 224  # pixels of a batch of noise, where images come in sizes of their own
 
 DEVICE_ERROR = re.compile("cuda|cudnn|cublas|accelerator", re.IGNORECASE)
 
@@ -68,7 +67,7 @@ class ResNetPredictor:
         thread = ThreadPoolExecutor(1, "engine")
         engine = thread.submit(self._load, spec, info).result()
         self._most = self._fits  # that the engine is made for
-        self._side = spec.input_size or SIDE
+        self._sides = (spec.input_size,) if spec.input_size else PROBE_SIZES
         self._compute = connect(engine, settings.device, settings.columns, thread)
         self._turns = Turns()
         self._busy = Busy()
@@ -120,22 +119,26 @@ class ResNetPredictor:
             parts = [self._guarded(block.slice(start, size)) for start in range(0, block.num_rows, size)]
             pieces = pa.concat_tables(parts)
         elif deaths >= LONE_DEATHS and block["kind"][0].as_py() in (Kind.SAMPLE, Kind.ENCODED):
-            self._check_device()
+            self._takes_noise()  # this process dies where the device is in trouble: then no image is blamed
             pieces = _padded(_rejected(block, killer("predict")), self._settings.columns.pieces())
         else:
             pieces = self._pieces(block)
         self._notes.end(work)
         return pieces
 
-    def _check_device(self) -> None:
-        """Predict noise, so that an image is blamed only where others go well. This process dies where they don't."""
-        noise = np.random.default_rng(0).integers(0, 256, (self._fits, self._side, self._side, 3), np.uint8)
-        try:
-            list(self._compute([(np.arange(1), noise)]))
-        except Exception as cause:
-            if _is_lasting(cause):
-                raise
-            log.info("a batch of noise: %s", clean(cause))  # as of a network that does not take this size
+    def _takes_noise(self) -> bool:
+        """Whether noise is predicted in one of the sizes that the network was tried with as it was built. Trouble
+        of the device that lasts is raised: no image is to be blamed for it."""
+        for side in self._sides:
+            noise = np.random.default_rng(0).integers(0, 256, (self._fits, side, side, 3), np.uint8)
+            try:
+                list(self._compute([(np.arange(1), noise)]))
+                return True
+            except Exception as cause:
+                if _is_lasting(cause):
+                    raise
+                log.info("a batch of noise of %d pixels: %s", side, clean(cause))
+        return False
 
     def _pieces(self, block: pa.Table) -> pa.Table:
         block = block if self._decode is None else self._decode(block)
@@ -190,6 +193,8 @@ class ResNetPredictor:
                     is_left[one[0]] = False
                     self._fits = self._most  # there may be room for the others
         if not found:
+            # Whether these images come first or last must not matter.
+            self._has_computed = self._has_computed or self._takes_noise()
             if failure and not self._has_computed:
                 _give_up(failure, block.select(IMAGE_SIZE).take(wanted))
             return None, refused

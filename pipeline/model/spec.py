@@ -104,6 +104,9 @@ class ModelInfo:
     has_head: bool = True  # in its weights
 
 
+PROBE_SIZES = (224, 32, 64, 96, 28)  # pixels that a network is tried with in turn, where the transform sets no size
+
+
 def suffix_of(url: str) -> str:
     """Of a path or URL, such as `.pth`."""
     return PurePosixPath(urlsplit(url).path if "://" in url else url).suffix

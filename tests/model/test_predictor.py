@@ -266,6 +266,45 @@ def test_an_image_of_a_size_that_the_network_does_not_take_is_an_error_row(
     assert {index for index, row in rows.items() if row["class_id"] is not None} == {0, 1, 2, 20}
 
 
+@pytest.mark.parametrize("taken", [224, 64])
+@pytest.mark.parametrize(
+    ("failure", "error"),
+    [(OutOfMemory("CUDA out of memory"), "too_large"), (RuntimeError("kernel size 4"), "unsupported_size")],
+)
+def test_an_image_that_comes_first_is_blamed_where_noise_of_a_usual_size_goes_well(
+    failure: Exception, error: str, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the order in which images come, their rows are the same."""
+    asked: list[int] = []
+
+    def engine(pixels: np.ndarray) -> Any:
+        asked.append(pixels.shape[1])
+        if asked[-1] not in (SIDE, taken):
+            raise failure
+        return colour_engine(pixels)
+
+    predictor = load(monkeypatch, engine)
+    for _ in range(2):
+        found = by_index(predictor(block_of([4, 5], side=12)))
+        assert [found[Kind.ERROR, place]["error"] for place in (0, 1)] == [error] * 2
+    assert asked.count(taken) == 1, "once is enough"
+    assert (Kind.SAMPLE, 0) in by_index(predictor(block_of([1])))
+
+
+def test_a_device_that_fails_with_noise_is_not_blamed_on_the_first_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def engine(pixels: np.ndarray) -> Any:
+        if pixels.shape[1] == 12:
+            raise RuntimeError("kernel size 4")
+        return in_trouble(pixels)
+
+    notes = Killed(0)
+    with pytest.raises(torch.AcceleratorError):
+        load(monkeypatch, engine, notes)(block_of([1], side=12))
+    assert notes.reasons == ["CUDA error: an illegal memory access was encountered"]
+
+
 def test_a_device_that_fails_is_not_blamed_on_images(monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[int] = []
 
