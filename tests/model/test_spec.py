@@ -85,6 +85,7 @@ def test_everything_that_changes_the_rows_changes_the_fingerprint_and_the_identi
         {"num_classes": 1000},
         {"seed": 5},
         {"transform": {"resize": 232}},  # the preset's own
+        {"transform": {"interpolation": None}},
         {"output": {"url": "elsewhere"}},
     ],
 )
