@@ -101,8 +101,7 @@ def verify_dataset(dataset: Dataset, sample: int = 0, config: JobConfig | None =
         result.problems.append(problem)
     said = [part.footer.shard for part in parts.values()]
     missing = find_missing(dataset, identity["model_fingerprint"], found, said, config)
-    result.problems.extend(missing.problems)
-    result.note = missing.note
+    result.problems, result.note = result.problems + missing.problems, missing.note
     if sample:
         sound = {name: part.footer for name, part in parts.items() if not found[name][1]}
         again = recompute(dataset, sound, sample, config)

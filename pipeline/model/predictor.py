@@ -164,8 +164,8 @@ class ResNetPredictor:
     def _results(self, block: pa.Table, wanted: np.ndarray) -> tuple[Results | None, dict[int, Reject]]:
         """Of the wanted rows, in their order, None if there are none; and of those that the network does not take, why.
 
-        An image is blamed only where images have sizes of their own, and others went well: else it is the network's
-        or the device's fault, and raised.
+        An image is blamed only where images have sizes of their own, and others or noise go well, whether it comes
+        first or last: else it is the network's or the device's fault, and raised.
         """
         is_left = np.zeros(block.num_rows, np.bool_)
         is_left[wanted] = True
@@ -193,7 +193,6 @@ class ResNetPredictor:
                     is_left[one[0]] = False
                     self._fits = self._most  # there may be room for the others
         if not found:
-            # Whether these images come first or last must not matter.
             self._has_computed = self._has_computed or self._takes_noise()
             if failure and not self._has_computed:
                 _give_up(failure, block.select(IMAGE_SIZE).take(wanted))
