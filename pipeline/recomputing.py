@@ -27,6 +27,7 @@ OWN_NETWORKS = ("pipeline.examples.network:digits_resnet20",)  # which whoever w
 MAX_PARTS = 8  # that the sampled rows come from, where these have enough
 MIN_COSINE = 0.99  # of the centred embeddings of another engine or processor
 MIN_MARGIN = 1e-3  # between the first two scores: closer, and another processor may well decide otherwise
+MAX_SHIFT = 0.1  # of a score between two engines or processors, in int8 too
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Recomputed:
 
 
 def recompute(dataset: Dataset, footers: Mapping[str, Footer], sample: int, config: JobConfig | None) -> Recomputed:
-    """Recompute random rows of these committed shards and compare class and embedding.
+    """Recompute random rows of these committed shards and compare classes, scores and embedding.
 
     Without a config, that of the last run is taken, on whatever device there is here, but no code: a custom network is
     then a module that the current folder or the Python path has. Shards that changed or went since they were committed
@@ -173,11 +174,22 @@ def differences(stored: dict[str, Any], found: dict[str, Any], mean: np.ndarray 
         yield f"its size is {found['width']} x {found['height']}, stored {stored['width']} x {stored['height']}"
     if "class_id" in stored and found["class_id"] != stored["class_id"] and _margin(found) > MIN_MARGIN:
         yield f"computed again it is {found['label']}, stored {stored['label']}"
+    elif "class_id" in stored and (shift := _shift(stored, found)) > MAX_SHIFT:
+        yield f"its scores differ by up to {shift:.2f} from those computed again"
     if mean is not None:
         a, b = np.asarray(stored["embedding"], np.float64), np.asarray(found["embedding"], np.float64)
         cosine = _cosine(a - mean, b - mean)
         if cosine < MIN_COSINE and not np.allclose(a, b, rtol=0, atol=2e-3 * np.abs(b).max()):
             yield f"the centred cosine of its embedding with the one computed again is {cosine:.4f}"
+
+
+def _shift(stored: dict[str, Any], found: dict[str, Any]) -> float:
+    """The most that a stored score differs from the same class's computed again; where that class is none of the first
+    classes, what it has more than the last of these."""
+    scores: dict[int, float] = {entry["class_id"]: entry["score"] for entry in found["top_k"]}
+    last = min(scores.values())
+    entries: list[tuple[int, float]] = [(entry["class_id"], entry["score"]) for entry in stored["top_k"]]
+    return max(abs(score - scores[name]) if name in scores else score - last for name, score in entries)
 
 
 def _margin(row: dict[str, Any]) -> float:

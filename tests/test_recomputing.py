@@ -65,6 +65,24 @@ def plant_label(rows: pa.Table) -> pa.Table:
     return set_column("top_k", 3, top)(rows)
 
 
+def plant_score(rows: pa.Table) -> pa.Table:
+    """The right class, with a score that no network gave it."""
+    row = rows.slice(3, 1).to_pylist()[0]
+    assert row["score"] > 0.3
+    top = [
+        entry | {"score": row["score"] / 100 if place else row["score"] - 0.2}
+        for place, entry in enumerate(row["top_k"])
+    ]
+    return set_column("top_k", 3, top)(set_column("score", 3, row["score"] - 0.2)(rows))
+
+
+def plant_second(rows: pa.Table) -> pa.Table:
+    """The first two with nearly the same score."""
+    row = rows.slice(3, 1).to_pylist()[0]
+    top = [row["top_k"][0], row["top_k"][1] | {"score": row["score"] - 1e-4}, *row["top_k"][2:]]
+    return set_column("top_k", 3, top)(rows)
+
+
 def swap_embeddings(rows: pa.Table) -> pa.Table:
     return rows.set_column(
         rows.schema.get_field_index("embedding"),
@@ -77,6 +95,8 @@ def swap_embeddings(rows: pa.Table) -> pa.Table:
     ("change", "message", "wrong"),
     [
         (plant_label, "computed again it is ", 1),
+        (plant_score, "its scores differ by up to 0.20", 1),
+        (plant_second, "its scores differ by up to ", 1),
         (swap_embeddings, "the centred cosine of its embedding", 2),
         (set_column("key", 3, "elsewhere"), "its key is digit-", 1),
         (set_column("width", 3, 9), "its size is 8 x 8, stored 9 x 8", 1),
