@@ -98,6 +98,10 @@ class Side(NamedTuple):
     high: float
     size: int
 
+    def after(self, first: int) -> Side:
+        """The same side where coordinates begin at `first`."""
+        return self._replace(low=self.low - first, high=self.high - first)
+
 
 def resized_size(width: int, height: int, resize: int | None) -> tuple[int, int]:
     """Width and height after resizing, rounded as torchvision does."""
@@ -164,10 +168,11 @@ def _goes_across_first(x: Axis, y: Axis) -> bool:
 
 def _resample_rust(array: Array, across: Side, down: Side, interpolation: str, across_first: bool) -> Array:
     """A part of uint8 (H, W, 3) resized, on one core with vector instructions. The result is read-only."""
-    rows, down = _reached_rows(array, down, interpolation)
-    image = rust.ImageData(rows.shape[1], rows.shape[0], rust.PixelType.U8x3, rows.tobytes())
+    array, across, down = _reached(array, across, down, interpolation)
+    height, width, _ = array.shape
+    image = rust.ImageData(width, height, rust.PixelType.U8x3, array.tobytes())
     if across_first:  # the library by itself goes down first
-        whole = Side(0, rows.shape[0], rows.shape[0])
+        whole = Side(0, height, height)
         image, across = _rust_pass(image, across, whole, interpolation), Side(0, across.size, across.size)
     result = _rust_pass(image, across, down, interpolation)
     return np.frombuffer(result.get_buffer(), np.uint8).reshape(down.size, across.size, 3)
@@ -185,9 +190,9 @@ def _rust_pass(image: Any, across: Side, down: Side, interpolation: str) -> Any:
 
 def _resample_pillow(array: Array, across: Side, down: Side, interpolation: str, across_first: bool) -> Array:
     """The same, slower, where there is no Rust."""
-    rows, down = _reached_rows(array, down, interpolation)
-    height, width, _ = rows.shape
-    image = Image.fromarray(rows)
+    array, across, down = _reached(array, across, down, interpolation)
+    height, width, _ = array.shape
+    image = Image.fromarray(np.ascontiguousarray(array))
     filter_ = _FILTERS[interpolation]
     if across_first:
         image = image.resize((across.size, height), filter_, box=(across.low, 0, across.high, height))
@@ -198,8 +203,12 @@ def _resample_pillow(array: Array, across: Side, down: Side, interpolation: str,
     return np.asarray(image)
 
 
-def _reached_rows(array: Array, down: Side, interpolation: str) -> tuple[Array, Side]:
-    """Only the rows that the filter reaches from `down`, so that no others are copied and resized."""
-    reach = _SUPPORT[interpolation] * max(1.0, (down.high - down.low) / down.size) + 1
-    first = max(0, int(down.low - reach))
-    return array[first : math.ceil(down.high + reach)], Side(down.low - first, down.high - first, down.size)
+def _reached(array: Array, across: Side, down: Side, interpolation: str) -> tuple[Array, Side, Side]:
+    """Only what the filter reaches from these sides, so that nothing else is copied and resized."""
+    (left, right), (top, bottom) = (_reach(side, interpolation) for side in (across, down))
+    return array[top:bottom, left:right], across.after(left), down.after(top)
+
+
+def _reach(side: Side, interpolation: str) -> tuple[int, int]:
+    reach = _SUPPORT[interpolation] * max(1.0, (side.high - side.low) / side.size) + 1
+    return max(0, int(side.low - reach)), math.ceil(side.high + reach)
