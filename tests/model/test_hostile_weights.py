@@ -256,7 +256,7 @@ def test_a_whole_pickled_network_is_refused_with_the_way_out():
         (b"", "net.pth is no checkpoint: it is empty"),
         (b"\n<html>Not found</html>", "net.pth is no checkpoint: it is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "it only names a file that Git LFS keeps"),
-        (gzip.compress(b"a"), "it is compressed by gzip"),
+        (gzip.compress(b"a", mtime=0), "it is compressed by gzip"),
         (b"0" * 257 + b"ustar", "it is a tar"),
         (b"nonsense", "no checkpoint that torch can read: Unsupported operand 110.$"),
         (saved({"a": torch.ones(1000)})[:700], "net.pth is no checkpoint that torch can read"),
