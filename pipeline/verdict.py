@@ -80,7 +80,7 @@ def _bound(shares: dict[str, float], usage: Usage) -> Bound:
 
 
 ADVICE: dict[Bound, str] = {
-    "network": "To go faster: a GPU, more cores, or model.precision=bfloat16 or int8 in a new dataset.",
+    "network": "To go faster: a GPU, more cores, or model.precision=int8 in a new dataset (bfloat16: on some CPUs).",
     "decode": "To go faster: more cores, or images stored closer to the size that the network takes.",
     "read": "The store answers slowly: more CPUs read more shards at once; so do larger shards and a nearer bucket.",
     "write": "Commits are slow: larger shards make fewer of them; so does a faster store for the output.",
