@@ -26,7 +26,7 @@ from ray.exceptions import (
 from pipeline import witness
 from pipeline.budget import ErrorBudget
 from pipeline.cluster import Cluster
-from pipeline.config import JobConfig
+from pipeline.config import JobConfig, Precision
 from pipeline.errors import ModelMismatch, PipelineError, Stopped, StoreFull, TransientError, clean
 from pipeline.failures import readable
 from pipeline.inputs.shards import current_fingerprint
@@ -170,21 +170,24 @@ class Run:
             self._watcher.on_unfinished([self._tasks[number] for number in self._progress.unsettled()])
             self._stop(pump)
 
-    def usage(self, cluster: Cluster, actors: int, device: str) -> Usage | None:
-        """What the time since the run began went into; None where the committer can't tell, which is no failure."""
+    def usage(self, cluster: Cluster, actors: int, device: str, precision: Precision) -> Usage | None:
+        """What the time since the run began went into. None where not one row has come, or the committer can't tell:
+        no failure."""
+        if self._first_rows_at is None or not self._watcher.images:
+            return None
         try:
             spent: Spent = ray.get(self._committers[0].spent.remote(), timeout=ASK_S)
         except RayError as cause:
             log.warning("what bounded this run is not known: %s", clean(cause))
             return None
-        first_rows_at = self._first_rows_at or time.monotonic()
         return Usage(
-            seconds=time.monotonic() - first_rows_at,
-            start_up_s=first_rows_at - self._began,
+            seconds=time.monotonic() - self._first_rows_at,
+            start_up_s=self._first_rows_at - self._began,
             write_s=self._write_s,
             cores=cluster.num_cpus,
             actors=actors,
             device=device,
+            precision=precision,
             spent=spent,
         )
 

@@ -137,7 +137,7 @@ def _execute(
         driving = driver.Run(plan.tasks, config, context, cluster, counter)
         try:
             driving.loop(partial(flow.execute, flow.pieces(plan.tasks, job, cluster, driving.notes)))
-            usage = driving.usage(cluster, job.num_actors, settings.device)
+            usage = driving.usage(cluster, job.num_actors, settings.device, spec.precision)
             if usage is not None:
                 report.usage, report.verdict = asdict(usage), str(judge(usage))
         except KeyboardInterrupt:

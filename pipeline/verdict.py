@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.config import Precision
 from pipeline.timing import Spent
 
 Bound = Literal["network", "decode", "read", "write", "start-up", "overhead"]
@@ -26,6 +27,7 @@ class Usage:
     cores: int
     actors: int
     device: str  # cpu or cuda
+    precision: Precision
     spent: Spent
 
 
@@ -58,7 +60,9 @@ def judge(usage: Usage) -> Verdict:
     bound = _bound(shares, usage)
     if bound == "start-up":  # most work was done before those few seconds: of them it could be 100 % and more
         shares = {}
-    advice = ON_GPUS.get(bound, ADVICE[bound]) if usage.device == "cuda" else ADVICE[bound]
+    advice = _on_the_network(shares, usage) if bound == "network" else ADVICE[bound]
+    if bound == "decode" and usage.device == "cuda":
+        advice = "The GPUs wait for decoding: more CPUs for each, or images stored closer to the network's size."
     return Verdict(bound, {name: round(share, 3) for name, share in shares.items()}, advice)
 
 
@@ -72,22 +76,33 @@ def _bound(shares: dict[str, float], usage: Usage) -> Bound:
         return "network"
     if shares["decoders waiting for the store"] >= WAITING:
         return "read"
+    if _has_idle_cores(shares, usage):
+        return "network" if shares["actors at work"] >= BUSY else "overhead"
     at_network = shares["cores at the network"] if on_cpu else 0.0
-    at_decoding = shares["cores at reading and decoding"]
-    if at_network + at_decoding < IDLE:
-        return "overhead"
-    return "network" if at_network >= at_decoding else "decode"
+    return "network" if at_network >= shares["cores at reading and decoding"] else "decode"
+
+
+def _has_idle_cores(shares: dict[str, float], usage: Usage) -> bool:
+    at_network = shares["cores at the network"] if usage.device == "cpu" else 0.0
+    return at_network + shares["cores at reading and decoding"] < IDLE
+
+
+def _on_the_network(shares: dict[str, float], usage: Usage) -> str:
+    """What makes it faster. Lower precision is news only to who has the full one."""
+    is_full = usage.precision == "float32"
+    if usage.device == "cuda":
+        lower = ", or model.precision=bfloat16 in a new dataset" if is_full else ""
+        return f"The GPUs are busy: more of them{lower}."
+    if _has_idle_cores(shares, usage):
+        return "The actors are busy and leave cores idle: more of them (runtime.actors), or larger runtime.batch_size."
+    lower = ", model.precision=int8 in a new dataset (bfloat16: on some CPUs)" if is_full else ""
+    return f"To go faster: more cores, a GPU{lower}."
 
 
 ADVICE: dict[Bound, str] = {
-    "network": "To go faster: a GPU, more cores, or model.precision=int8 in a new dataset (bfloat16: on some CPUs).",
     "decode": "To go faster: more cores, or images stored closer to the size that the network takes.",
     "read": "The store answers slowly: more CPUs read more shards at once; so do larger shards and a nearer bucket.",
     "write": "Commits are slow: larger shards make fewer of them; so does a faster store for the output.",
     "overhead": "Nothing was at its limit: handing blocks on took the time. Larger shards make it less.",
     "start-up": "There was little to do: most of the time went into starting processes.",
-}
-ON_GPUS: dict[Bound, str] = {
-    "network": "The GPUs are busy: more of them, or model.precision=bfloat16 in a new dataset.",
-    "decode": "The GPUs wait for decoding: more CPUs for each, or images stored closer to the network's size.",
 }

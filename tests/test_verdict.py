@@ -9,7 +9,7 @@ import pytest
 from pipeline.timing import Spent
 from pipeline.verdict import Usage, judge
 
-CPU = Usage(seconds=100, start_up_s=10, write_s=0, cores=4, actors=1, device="cpu", spent=Spent())
+CPU = Usage(seconds=100, start_up_s=10, write_s=0, cores=4, actors=1, device="cpu", precision="float32", spent=Spent())
 GPU = replace(CPU, device="cuda")
 
 
@@ -23,7 +23,8 @@ GPU = replace(CPU, device="cuda")
         (replace(GPU, spent=Spent(40, 20, 340, 330, 30, 40)), "decode"),
         (replace(GPU, spent=Spent(340, 20, 40, 40, 30, 40)), "read"),
         (replace(GPU, spent=Spent(40, 20, 40, 40, 30, 40), write_s=50), "write"),
-        (replace(CPU, spent=Spent(40, 20, 60, 50, 90, 80)), "overhead"),
+        (replace(CPU, spent=Spent(40, 20, 60, 50, 90, 80)), "network"),
+        (replace(CPU, spent=Spent(40, 20, 60, 50, 50, 80)), "overhead"),
         (replace(GPU, spent=Spent(40, 20, 100, 100, 50, 90)), "overhead"),
     ],
 )
@@ -51,3 +52,20 @@ def test_waiting_for_a_core_is_not_waiting_for_the_store() -> None:
 def test_more_cpus_are_advised_only_where_the_gpu_waits() -> None:
     assert "more CPUs" in judge(replace(GPU, spent=Spent(40, 20, 340, 330, 30, 40))).advice
     assert "more CPUs" not in judge(replace(GPU, spent=Spent(40, 20, 200, 200, 97, 100))).advice
+
+
+def test_an_actor_that_leaves_cores_idle_is_advised_more_of_them() -> None:
+    idle = judge(replace(CPU, cores=32, spent=Spent(40, 20, 60, 50, 99, 300)))
+    assert (idle.bound, "runtime.actors" in idle.advice, "more cores" in idle.advice) == ("network", True, False)
+    full = judge(replace(CPU, spent=Spent(10, 5, 60, 30, 99, 350)))
+    assert ("runtime.actors" in full.advice, "more cores" in full.advice) == (False, True)
+
+
+@pytest.mark.parametrize(
+    "usage", [replace(CPU, spent=Spent(9, 5, 9, 9, 99, 350)), replace(GPU, spent=Spent(9, 5, 9, 9, 97))]
+)
+def test_a_lower_precision_is_advised_to_who_has_the_full_one(usage: Usage) -> None:
+    assert "model.precision" in judge(usage).advice
+    for precision in ("bfloat16", "float16", "int8"):
+        lower = judge(replace(usage, precision=precision))
+        assert (lower.bound, "model.precision" in lower.advice) == ("network", False)

@@ -174,6 +174,7 @@ def test_an_empty_shard_commits_an_empty_part(tmp_path: Path):
     write_tar(tmp_path / "empty.tar", [])
     report = pipeline.run(digits_config(tmp_path / "empty.tar", tmp_path / "labels"))
     assert (report.exit_code, report.shards_committed) == (0, 1)
+    assert (report.verdict, report.usage) == ("", {}), "nothing bounded what had nothing to do"
     (part,) = (tmp_path / "labels/data").iterdir()
     assert pq.read_table(part).num_rows == 0
 
