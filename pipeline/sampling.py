@@ -8,12 +8,15 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import ray
 
 from pipeline.calibration import spread
@@ -24,6 +27,7 @@ from pipeline.driver import MAX_COMMITS, num_committers
 from pipeline.estimation import FORMAT, PREDICTION, Estimate, Measured, estimate
 from pipeline.inputs.shards import Shard
 from pipeline.inputs.stream import pixel_blocks, read_rows
+from pipeline.inputs.tars import TAR_BUFFER
 from pipeline.model.predictor import ResNetPredictor
 from pipeline.model.spec import ModelSpec
 from pipeline.outputs.dataset import Dataset
@@ -40,20 +44,31 @@ log = logging.getLogger(__name__)
 IMAGES_PER_TASK = 150
 MAX_TASKS = 16
 MAX_BYTES = 256 * 2**20  # of pixels, of all tasks together, where images keep their own size; a block more of each
-MEMBER_BYTES = 1024  # of a tar beside a member's content: its header, and what fills up its last block
-COUNTED_BYTES = 32 * 2**20
+COUNTED_BYTES = 32 * 2**20  # of a tar, compressed or not
 PREDICT_SECONDS = 2.0  # at least
 MIN_BATCHES = 4  # that a slow network is timed with; more than one, since some are computed at once
 PROBE_BYTES = 64 * 2**20  # at most
 
 
 @dataclass(frozen=True)
+class Counts:
+    """Of images."""
+
+    read: int = 0
+    tried: int = 0  # to decode
+    decoded: int = 0
+    measured: int = 0  # whose bytes in their shards are known, whether they were read or not
+    num_bytes: int = 0  # of these
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
 class Decoded:
     """What one reader made of its share of the sample."""
 
-    images: int
-    read: int  # images, of which some were not decoded
-    num_bytes: float  # of shards, for these; an estimate where a shard was not read to its end
+    counts: Counts
     spent: Spent
     block: pa.Table  # PIXELS
 
@@ -82,28 +97,34 @@ def measure(config: JobConfig, spec: ModelSpec, dataset: Dataset, plan: Plan) ->
     begun = time.monotonic()
     shards = [task.shard for task in plan.tasks]
     with connected(config) as cluster:
-        job = prepare(config, spec, cluster, shards)
+        connect_s = time.monotonic() - begun
+        spec = prepare(config, spec, cluster, shards).spec  # what is converted, tuned and calibrated now, no run has to
+        begun = time.monotonic()
+        import_ray_data = partial(import_module, "pipeline.flow")  # as a run does
+        job = prepare(config, spec, cluster, shards, meanwhile=import_ray_data)
+        import_ray_data()
         decoding, chosen = ray.remote(num_cpus=decode_cpus(cluster, job.shares_cores))(_read_and_decode), spread(shards)
         wait_for(decoding.remote(chosen[:1], job, 1, MAX_BYTES))  # what is imported and connected only once
-        started = time.monotonic()
+        prepare_s = time.monotonic() - begun
         decoded = _decode(decoding, chosen, job, cluster)
-        images, read = (sum(column) for column in zip(*((d.images, d.read) for d in decoded), strict=True))
-        num_bytes = sum(found.num_bytes for found in decoded)
-        if not images or not num_bytes or not sum(shard.size for shard in shards):
+        counts = sum((found.counts for found in decoded), Counts())
+        spent = sum((found.spent for found in decoded), Spent())
+        size = sum(shard.size for shard in shards) / len(shards)
+        if not (counts.decoded and counts.measured and counts.num_bytes and size):
             return None
         network_s, row_bytes, load_s = _predict([found.block for found in decoded], job)
-        put_s = _put_seconds(dataset, row_bytes * _images_per_shard(shards, decoded))
-        spent = sum((found.spent for found in decoded), Spent())
+        bytes_per_image, decodable = counts.num_bytes / counts.measured, counts.decoded / counts.tried
         return Measured(
-            images=sum(found.images for found in decoded[: len(chosen)]),  # the others read the first shard again
-            bytes_per_image=num_bytes / read,
-            read_wait_s=spent.read_wait_s / read,
-            read_cpu_s=spent.read_cpu_s / read,
-            decode_cpu_s=spent.decode_cpu_s / images,
+            images=sum(found.counts.decoded for found in decoded[: len(chosen)]),  # others read the first shard again
+            bytes_per_image=bytes_per_image,
+            decodable=decodable,
+            read_wait_s=spent.read_wait_s / counts.read,
+            read_cpu_s=spent.read_cpu_s / counts.read,
+            decode_cpu_s=spent.decode_cpu_s / counts.tried,
             network_s=network_s,
             row_bytes=row_bytes,
-            put_s=put_s,
-            start_up_s=started - begun + load_s,
+            put_s=_put_seconds(dataset, row_bytes * decodable * size / bytes_per_image),
+            start_up_s=connect_s + prepare_s + load_s,
             engine=job.settings.engine,
             device=job.settings.device,
             batch_size=job.settings.batch_size,
@@ -115,13 +136,8 @@ def measure(config: JobConfig, spec: ModelSpec, dataset: Dataset, plan: Plan) ->
         )
 
 
-def _images_per_shard(shards: Sequence[Shard], decoded: Sequence[Decoded]) -> float:
-    per_byte = sum(found.read for found in decoded) / sum(found.num_bytes for found in decoded)
-    return sum(shard.size for shard in shards) * per_byte / len(shards)
-
-
 def _decode(decoding: Any, chosen: Sequence[Shard], job: Job, cluster: Cluster) -> list[Decoded]:
-    """Read and decode on all cores at once, as a run does."""
+    """Read and decode on all cores at once, as a run does, or on MAX_TASKS of them."""
     tasks = min(cluster.num_cpus, MAX_TASKS)
     shares = [chosen[start::tasks] or chosen[:1] for start in range(tasks)]
     answers = [decoding.remote(share, job, IMAGES_PER_TASK, MAX_BYTES // tasks) for share in shares]
@@ -138,12 +154,25 @@ class _Kept(Notes):
         self.spent += spent
 
 
+class _Observed(Store):
+    """Knows the stream that it opened last."""
+
+    opened: BinaryIO
+
+    def open(self, url: str, version: str | None = None, read_ahead: bool = True) -> BinaryIO:
+        self.opened = super().open(url, version, read_ahead)
+        return self.opened
+
+    def is_read_to(self, place: int) -> bool:
+        return self.opened.closed or self.opened.tell() >= place
+
+
 def _read_and_decode(shards: Sequence[Shard], job: Job, images: int, max_bytes: int) -> Decoded:
-    """The first images of these shards, about as many of each; of the first shard more are read, to count them. None is
-    decoded any more once the pixels exceed `max_bytes`."""
+    """The first images of these shards, about as many of each. None is decoded any more once the pixels exceed
+    `max_bytes`. The first tar that has images is read on, to know how many bytes they take of it."""
     notes = _Kept()
-    guard, store = Guard(notes, "sample"), Store(job.config.input_storage)
-    counts: list[tuple[int, float]] = []
+    guard, store = Guard(notes, "sample"), _Observed(job.config.input_storage)
+    counts = Counts()
     samples: list[pa.Table] = []
 
     def is_full() -> bool:
@@ -151,46 +180,67 @@ def _read_and_decode(shards: Sequence[Shard], job: Job, images: int, max_bytes: 
         return num_bytes > max_bytes
 
     def rows() -> Iterator[Row]:
+        nonlocal counts
         for number, shard in enumerate(shards):
             if is_full():
                 return
+            min_bytes = COUNTED_BYTES if shard.kind == "webdataset" and not counts.measured else 0
             found = read_rows(number, shard, job.config.input, store, guard)
-            min_bytes = 0 if number else COUNTED_BYTES
-            counts.append((yield from _first_images(found, shard, images / len(shards), min_bytes, is_full)))
+            read, last = yield from _first_images(found, images / len(shards), is_full, min_bytes, store)
+            measured, num_bytes = _measured(shard, read, last, store)
+            counts += Counts(read, measured=measured, num_bytes=num_bytes)
 
     kinds = pa.array([Kind.SAMPLE, Kind.ENCODED], pa.uint8())
     for found in guard.watch(pixel_blocks(rows(), job.spec.transform, job.config.input, images, guard)):
         samples.append(found.filter(pc.is_in(found["kind"], kinds)))
-    block = pa.concat_tables(samples) if samples else PIXELS.empty_table()
-    read, num_bytes = sum(count for count, _ in counts), sum(size for _, size in counts)
-    return Decoded(block.num_rows, read, num_bytes, notes.spent, block)
+        counts += Counts(tried=found.num_rows, decoded=samples[-1].num_rows)
+    return Decoded(counts, notes.spent, pa.concat_tables(samples) if samples else PIXELS.empty_table())
 
 
 def _first_images(
-    rows: Iterator[Row], shard: Shard, wanted: float, min_bytes: int, is_full: Callable[[], bool]
-) -> Generator[Row, None, tuple[int, float]]:
-    """The first images of a shard, up to as many as are wanted and while it is not full. Reads on until it has read
-    `min_bytes`. Returns how many it read, and the bytes of the shard for these: an estimate where it has not come to
-    the end."""
-    lengths: list[int] = []
+    rows: Iterator[Row], wanted: float, is_full: Callable[[], bool], min_bytes: int, store: _Observed
+) -> Generator[Row, None, tuple[int, Kind | None]]:
+    """The first images of a shard, up to as many as are wanted and while it is not full. Reads on until `min_bytes` of
+    the shard are read. Returns how many it read, and what kind of row came last."""
+    read = 0
+    last: Kind | None = None
     for row in rows:
-        if row.kind is Kind.END:
-            return len(lengths), shard.size
-        if row.kind is Kind.SAMPLE:
-            lengths.append(len(row.data or b""))
-            if len(lengths) <= wanted and not is_full():
-                yield row
-        if (len(lengths) >= wanted or is_full()) and sum(lengths) >= min_bytes:
+        last = row.kind
+        if row.kind is not Kind.SAMPLE:
+            continue
+        read += 1
+        if read <= wanted and not is_full():
+            yield row
+        if (read >= wanted or is_full()) and (not min_bytes or store.is_read_to(min_bytes)):
             break
-    headers = MEMBER_BYTES * len(lengths) if shard.kind == "webdataset" else 0
-    return len(lengths), sum(lengths) + headers
+    return read, last
+
+
+def _measured(shard: Shard, read: int, last: Kind | None, store: _Observed) -> tuple[int, int]:
+    """How many images take how many bytes of the shard, of which so many were read; (0, 0) where it does not tell."""
+    if shard.kind == "files":
+        return len(shard.members), shard.size
+    if last is Kind.END or (last is Kind.SAMPLE and store.opened.closed):  # behind its last image
+        return read, shard.size
+    if last is Kind.SAMPLE and shard.kind == "parquet":
+        return pq.read_metadata(store.opened).num_rows, shard.size
+    if last is Kind.SAMPLE and store.is_read_to(COUNTED_BYTES):
+        # Of a tar, whose reader holds one image back, and has just filled its buffer.
+        return read + 1, store.opened.tell() - TAR_BUFFER
+    return 0, 0
 
 
 def _predict(blocks: list[pa.Table], job: Job) -> tuple[float, float, float]:
     """Seconds per image of one device, bytes of a row in a part, and seconds to load the network."""
-    predicting = ray.remote(num_cpus=WAITING_CPUS, num_gpus=job.num_gpus)(_time_predictor)
-    answer: tuple[float, float, float] = wait_for(predicting.remote(blocks, job))
+    in_new_process = ray.remote(num_cpus=WAITING_CPUS, num_gpus=job.num_gpus, max_calls=1)
+    if job.settings.engine == "compile":  # what is compiled now, no run has to
+        wait_for(in_new_process(_load).remote(job))
+    answer: tuple[float, float, float] = wait_for(in_new_process(_time_predictor).remote(blocks, job))
     return answer
+
+
+def _load(job: Job) -> None:
+    ResNetPredictor(job.spec, job.info, job.settings, decode=job.decoder)
 
 
 def _time_predictor(blocks: list[pa.Table], job: Job) -> tuple[float, float, float]:

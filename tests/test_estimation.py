@@ -13,6 +13,7 @@ from pipeline.estimation import FORMAT, Measured, describe, estimate, is_about, 
 MEASURED = Measured(
     images=256,
     bytes_per_image=100_000,
+    decodable=1.0,
     read_wait_s=0.0,
     read_cpu_s=0.1e-3,
     decode_cpu_s=1.7e-3,  # with Ray's share: 500 images/s of a core
@@ -50,6 +51,27 @@ def test_a_gpu_is_as_fast_as_it_is_fed() -> None:
     assert fed.cores_per_device == hungry.cores_per_device == pytest.approx(4.0)
     two = estimate(replace(GPU, cores=16, actors=2), SHARDS)
     assert two.images_per_s == pytest.approx(4000)
+
+
+def test_actors_on_some_nodes_only_compute_on_these() -> None:
+    """The other nodes' cores decode meanwhile."""
+    four = estimate(replace(MEASURED, nodes=4, cores=8, actors=4), SHARDS)
+    assert four.images_per_s == pytest.approx(1 / (1 / 4000 + 1 / 400), rel=0.001)
+    one = estimate(replace(MEASURED, nodes=4, cores=8, actors=1), SHARDS)
+    assert one.images_per_s == pytest.approx(100)
+    assert estimate(replace(MEASURED, actors=5), SHARDS) == replace(
+        estimate(MEASURED, SHARDS), measured=replace(MEASURED, actors=5)
+    )
+
+
+@pytest.mark.parametrize("measured", [MEASURED, replace(GPU, cores=16)])
+def test_what_cannot_be_decoded_takes_no_network_and_no_room(measured: Measured) -> None:
+    half = estimate(replace(measured, decodable=0.5), SHARDS)
+    assert half.images == 10_000
+    assert half.output_bytes == 7_500_000
+    assert half.seconds == estimate(replace(measured, network_s=measured.network_s / 2), SHARDS).seconds
+    assert "50.0% can't be decoded" in describe(half)["images"]
+    assert "can't" not in describe(estimate(measured, SHARDS))["images"]
 
 
 @pytest.mark.parametrize(

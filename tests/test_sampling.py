@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import logging
 import os
+import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 import pipeline
 from pipeline import sampling
 from pipeline.config import make_config
 from pipeline.errors import Stopped
-from pipeline.examples.tars import write_tar
+from pipeline.examples.tars import tar_bytes, write_tar
 from pipeline.inputs import stream
 from pipeline.model.predictor import PredictorSettings, ResNetPredictor
 from pipeline.model.spec import result_columns
 from pipeline.model.zoo import resolve
 from pipeline.planning import Plan, make_plan, model_and_dataset
-from pipeline.preparation import Job
+from pipeline.preparation import Job, prepare
+from pipeline.sampling import Counts
 from tests.support.jobs import BROKEN, NOOP, digits_config, digits_tars
 
 
@@ -86,12 +93,55 @@ def test_a_worker_that_fails_is_a_sentence(
         pipeline.plan(digits_config(tmp_path / "shards", tmp_path / "labels", **NOOP), estimate=True)
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_is_done_once_for_all_runs_is_not_charged_to_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As converting, tuning and calibrating are."""
+    digits_tars(tmp_path / "shards", 1, 3)
+    config, first = make_config(digits_config(tmp_path / "shards", tmp_path / "labels", **NOOP)), [9.0]
+
+    def slow_at_first(*given: Any, **named: Any) -> Job:
+        time.sleep(first.pop() if first else 0.0)
+        return prepare(*given, **named)
+
+    monkeypatch.setattr(sampling, "prepare", slow_at_first)
+    found = sampling.measure(config, *model_and_dataset(config), make_plan(config))
+    assert found is not None
+    assert not first
+    assert found.start_up_s < 9
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_is_compiled_is_timed_when_it_is_loaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own, as an actor is."""
+    job = job_of(tmp_path)
+
+    def told(*given: Any) -> tuple[float, float, float]:
+        with (tmp_path / "pids").open("a") as file:
+            print(len(given), os.getpid(), file=file)
+        return 0.0, 0.0, 0.0
+
+    for name in ("_load", "_time_predictor"):
+        monkeypatch.setattr(sampling, name, told)
+    for engine in ("eager", "compile"):
+        sampling._predict([], replace(job, settings=replace(job.settings, engine=engine)))
+    calls, pids = zip(*(line.split() for line in (tmp_path / "pids").read_text().splitlines()), strict=True)
+    assert calls == ("2", "1", "2")
+    assert len(set(pids)) == 3
+
+
 def job_of(folder: Path, **sections: Any) -> Job:
     config = make_config(digits_config(folder, folder / "labels", **NOOP | sections))
     spec, _ = model_and_dataset(config)
     info = resolve(spec)
     settings = PredictorSettings("noop", "cpu", 8, result_columns(config.output, info))
     return Job(config, spec, info, settings, 1, 0)
+
+
+def png(noise: random.Random) -> bytes:
+    """Some 20 kB."""
+    file = io.BytesIO()
+    Image.frombytes("RGB", (82, 82), noise.randbytes(82 * 82 * 3)).save(file, "PNG")
+    return file.getvalue()
 
 
 def test_images_of_their_own_size_are_taken_until_they_fill_the_share_of_a_task(
@@ -106,9 +156,64 @@ def test_images_of_their_own_size_are_taken_until_they_fill_the_share_of_a_task(
     pixels = 32 * 32 * 3
     unbounded = sampling._read_and_decode(shards, job, 20, 100 * pixels)
     found = sampling._read_and_decode(shards, job, 20, 3 * pixels)
-    assert (unbounded.images, unbounded.read) == (20, 20)
-    assert (found.images, found.block.num_rows, found.read) == (3, 3, 10)
-    assert found.num_bytes == shards[0].size
+    size = shards[0].size + shards[1].size
+    assert unbounded.counts == Counts(read=20, tried=20, decoded=20, measured=20, num_bytes=size)
+    assert found.counts == Counts(read=10, tried=3, decoded=3, measured=10, num_bytes=shards[0].size)
+    assert found.block.num_rows == 3
+
+
+def counts_of(folder: Path, images: int, **sections: Any) -> Counts:
+    job = job_of(folder, **sections)
+    shards = [task.shard for task in make_plan(job.config).tasks]
+    return sampling._read_and_decode(shards, job, images, 10**9).counts
+
+
+@pytest.mark.parametrize("compression", [None, "gz"])
+def test_a_tar_s_bytes_are_those_of_all_that_it_holds(
+    compression: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside each photograph a mask of noise, which is as large; and both may be compressed."""
+    noise = random.Random(0)
+    members = [
+        member
+        for number in range(400)
+        for member in ((f"{number}.png", png(noise)), (f"{number}.npy", noise.randbytes(20_000)))
+    ]
+    content = tar_bytes(members)
+    path = tmp_path / ("a.tar.gz" if compression else "a.tar")
+    path.write_bytes(gzip.compress(content, 1) if compression else content)
+    monkeypatch.setattr(sampling, "COUNTED_BYTES", 4 * 2**20)
+    found = counts_of(tmp_path, 10)
+    assert (found.tried, found.decoded) == (10, 10)
+    assert 50 < found.measured < 300, "it was not read to its end"
+    assert found.num_bytes / found.measured == pytest.approx(path.stat().st_size / 400, rel=0.05)
+
+
+def test_a_parquet_file_says_how_many_rows_it_has(tmp_path: Path) -> None:
+    noise = random.Random(0)
+    images = [png(noise) for _ in range(300)]
+    table = pa.table({"image": images, "text": pa.array([noise.randbytes(5000).hex() for _ in images])})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert counts_of(tmp_path, 10) == Counts(10, 10, 10, 300, (tmp_path / "a.parquet").stat().st_size)
+
+
+def test_loose_files_are_known_from_their_listing(tmp_path: Path) -> None:
+    noise = random.Random(0)
+    for number in range(30):
+        (tmp_path / f"{number}.png").write_bytes(png(noise))
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    found = counts_of(tmp_path, 1)
+    assert (found.measured, found.num_bytes) == (30, size)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_cannot_be_decoded_is_not_predicted(tmp_path: Path) -> None:
+    """Nor does it take a row's place in the output."""
+    digits_tars(tmp_path / "shards", 1, 40, broken=range(0, 40, 4))
+    config = make_config(digits_config(tmp_path / "shards", tmp_path / "labels", **NOOP))
+    found = sampling.measure(config, *model_and_dataset(config), make_plan(config))
+    assert found is not None
+    assert found.decodable == 0.75
 
 
 @pytest.mark.parametrize(
