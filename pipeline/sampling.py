@@ -48,6 +48,7 @@ COUNTED_BYTES = 32 * 2**20  # of a tar, compressed or not
 PREDICT_SECONDS = 2.0  # at least
 MIN_BATCHES = 4  # that a slow network is timed with; more than one, since some are computed at once
 PROBE_BYTES = 64 * 2**20  # at most
+FLOW_S = 4.0  # that Ray Data's own actors and the committer take to come up, on two cores (docs/performance.md)
 
 
 @dataclass(frozen=True)
@@ -98,21 +99,22 @@ def measure(config: JobConfig, spec: ModelSpec, dataset: Dataset, plan: Plan) ->
     shards = [task.shard for task in plan.tasks]
     with connected(config) as cluster:
         connect_s = time.monotonic() - begun
-        spec = prepare(config, spec, cluster, shards).spec  # what is converted, tuned and calibrated now, no run has to
-        begun = time.monotonic()
-        import_ray_data = partial(import_module, "pipeline.flow")  # as a run does
-        job = prepare(config, spec, cluster, shards, meanwhile=import_ray_data)
-        import_ray_data()
+        job = prepare(config, spec, cluster, shards)
+        if job.settings.engine == "compile":
+            wait_for(_like_an_actor(_load, job).remote(job))
+        begun = time.monotonic()  # what has been converted, tuned, calibrated and compiled by now, no run has to
         decoding, chosen = ray.remote(num_cpus=decode_cpus(cluster, job.shares_cores))(_read_and_decode), spread(shards)
-        wait_for(decoding.remote(chosen[:1], job, 1, MAX_BYTES))  # what is imported and connected only once
-        prepare_s = time.monotonic() - begun
+        _start(config, job, cluster, decoding, chosen)
+        start_up_s = connect_s + time.monotonic() - begun + FLOW_S
         decoded = _decode(decoding, chosen, job, cluster)
         counts = sum((found.counts for found in decoded), Counts())
         spent = sum((found.spent for found in decoded), Spent())
         size = sum(shard.size for shard in shards) / len(shards)
         if not (counts.decoded and counts.measured and counts.num_bytes and size):
             return None
-        network_s, row_bytes, load_s = _predict([found.block for found in decoded], job)
+        network_s, row_bytes = wait_for(
+            _like_an_actor(_time_predictor, job).remote([found.block for found in decoded], job)
+        )
         bytes_per_image, decodable = counts.num_bytes / counts.measured, counts.decoded / counts.tried
         return Measured(
             images=sum(found.counts.decoded for found in decoded[: len(chosen)]),  # others read the first shard again
@@ -124,7 +126,7 @@ def measure(config: JobConfig, spec: ModelSpec, dataset: Dataset, plan: Plan) ->
             network_s=network_s,
             row_bytes=row_bytes,
             put_s=_put_seconds(dataset, row_bytes * decodable * size / bytes_per_image),
-            start_up_s=connect_s + prepare_s + load_s,
+            start_up_s=start_up_s,
             engine=job.settings.engine,
             device=job.settings.device,
             batch_size=job.settings.batch_size,
@@ -136,11 +138,31 @@ def measure(config: JobConfig, spec: ModelSpec, dataset: Dataset, plan: Plan) ->
         )
 
 
+def _like_an_actor(function: Callable[..., Any], job: Job) -> Any:
+    """A task with what an actor has, in a process of its own."""
+    return ray.remote(num_cpus=WAITING_CPUS, num_gpus=job.num_gpus, max_calls=1)(function)
+
+
+def _start(config: JobConfig, job: Job, cluster: Cluster, decoding: Any, chosen: Sequence[Shard]) -> None:
+    """What a run does before its first block is at work. Later, all is imported and connected where it is needed."""
+    import_ray_data = partial(import_module, "pipeline.flow")
+    prepare(config, job.spec, cluster, chosen, meanwhile=import_ray_data)
+    import_ray_data()
+    starting = [decoding.remote(chosen[:1], job, 1, MAX_BYTES) for _ in range(_num_readers(cluster))]
+    for answer in [_like_an_actor(_load, job).remote(job), *starting]:
+        wait_for(answer)
+
+
+def _num_readers(cluster: Cluster) -> int:
+    """Of the sample, at once."""
+    return min(cluster.num_cpus, MAX_TASKS)
+
+
 def _decode(decoding: Any, chosen: Sequence[Shard], job: Job, cluster: Cluster) -> list[Decoded]:
     """Read and decode on all cores at once, as a run does, or on MAX_TASKS of them."""
-    tasks = min(cluster.num_cpus, MAX_TASKS)
-    shares = [chosen[start::tasks] or chosen[:1] for start in range(tasks)]
-    answers = [decoding.remote(share, job, IMAGES_PER_TASK, MAX_BYTES // tasks) for share in shares]
+    readers = _num_readers(cluster)
+    shares = [chosen[start::readers] or chosen[:1] for start in range(readers)]
+    answers = [decoding.remote(share, job, IMAGES_PER_TASK, MAX_BYTES // readers) for share in shares]
     return [wait_for(answer) for answer in answers]
 
 
@@ -230,27 +252,18 @@ def _measured(shard: Shard, read: int, last: Kind | None, store: _Observed) -> t
     return 0, 0
 
 
-def _predict(blocks: list[pa.Table], job: Job) -> tuple[float, float, float]:
-    """Seconds per image of one device, bytes of a row in a part, and seconds to load the network."""
-    in_new_process = ray.remote(num_cpus=WAITING_CPUS, num_gpus=job.num_gpus, max_calls=1)
-    if job.settings.engine == "compile":  # what is compiled now, no run has to
-        wait_for(in_new_process(_load).remote(job))
-    answer: tuple[float, float, float] = wait_for(in_new_process(_time_predictor).remote(blocks, job))
-    return answer
-
-
 def _load(job: Job) -> None:
     ResNetPredictor(job.spec, job.info, job.settings, decode=job.decoder)
 
 
-def _time_predictor(blocks: list[pa.Table], job: Job) -> tuple[float, float, float]:
-    begun = time.perf_counter()
+def _time_predictor(blocks: list[pa.Table], job: Job) -> tuple[float, float]:
+    """Seconds per image of one device, and bytes of a row in a part."""
     predictor = ResNetPredictor(job.spec, job.info, job.settings, decode=job.decoder)
     block, size = pa.concat_tables(blocks), job.settings.batch_size
     predictor(block.slice(0, size))  # warm
-    loaded = time.perf_counter()
+    warm = time.perf_counter()
     predictor(block.slice(0, size))
-    batches = max(round(PREDICT_SECONDS / (time.perf_counter() - loaded)), MIN_BATCHES)
+    batches = max(round(PREDICT_SECONDS / (time.perf_counter() - warm)), MIN_BATCHES)
     rows, filled = full_batches(min(block.num_rows, batches * size), size)
     filled = filled if job.spec.input_size is not None else 1.0  # else a batch of each size is padded, as in a run
     images, started = 0, time.perf_counter()
@@ -258,7 +271,7 @@ def _time_predictor(blocks: list[pa.Table], job: Job) -> tuple[float, float, flo
         pieces = predictor(block.slice(0, rows))
         images += pieces.num_rows
     seconds = time.perf_counter() - started
-    return seconds / images * filled, _row_bytes(pieces, job), loaded - begun
+    return seconds / images * filled, _row_bytes(pieces, job)
 
 
 def full_batches(images: int, batch_size: int) -> tuple[int, float]:
