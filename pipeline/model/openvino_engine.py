@@ -79,8 +79,8 @@ def load_openvino(spec: ModelSpec, batch_size: int, threads: int | None) -> Open
             " it in its dataset, but output.url has none yet. Do the run first, or use another precision."
         )
     network = converted(spec) if spec.quantised is None else _stored(spec.quantised)
-    side = spec.input_size or -1
-    network.reshape([batch_size, side, side, 3])
+    side = spec.input_size
+    network.reshape([batch_size, side, side, 3] if side else [-1, -1, -1, 3])
     threads = threads or num_cores()
     streams = num_streams(threads, batch_size, spec.input_size)
     return OpenVinoEngine(compiled(network, PRECISIONS[spec.precision], threads, streams))
@@ -90,8 +90,8 @@ def num_streams(threads: int, batch_size: int, input_size: int | None) -> int:
     """How many batches to compute at once, each on an equal share of the threads.
 
     A batch for each core, not all cores for a batch: threads that share a batch wait for each other after every layer,
-    and so for whatever else one of the cores does. No more than there are batches to have, which is one where images
-    come in sizes of their own: only those of one size share a batch.
+    and so for whatever else one of the cores does. No more than there are batches to have; and one where images come in
+    sizes of their own, of which a single one may need much memory.
     """
     most = min(STREAMS, max(1, IMAGES // batch_size)) if input_size else 1
     return threads // -(-threads // most)

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 import numpy as np
@@ -25,6 +26,9 @@ from pipeline.timing import Busy
 
 IMAGE_SIZE = ["pixel_width", "pixel_height"]
 
+USUAL_PIXELS = 224 * 224
+MOST_OF_ONE_SIZE = 64  # tiny images that share a batch
+
 DEVICE_ERROR = re.compile("cuda|cudnn|cublas|accelerator", re.IGNORECASE)
 
 log = logging.getLogger(__name__)
@@ -34,7 +38,7 @@ log = logging.getLogger(__name__)
 class PredictorSettings:
     engine: str
     device: str
-    batch_size: int
+    batch_size: int  # images; where they come in sizes of their own, see `images_at_once`
     columns: Columns
 
 
@@ -58,7 +62,7 @@ class ResNetPredictor:
         """`decode` turns blocks with ENCODED rows into blocks without."""
         self._settings, self._decode = settings, decode
         self._notes = notes or Notes()
-        self._fits = settings.batch_size  # images that the device has memory for
+        self._fits = settings.batch_size  # the batch size that the device has memory for
         self._is_fixed = spec.input_size is not None  # else images come in sizes of their own
         self._has_computed = False
         self.columns = settings.columns
@@ -130,7 +134,8 @@ class ResNetPredictor:
         """Whether noise is predicted in one of the sizes that the network was tried with as it was built. Trouble
         of the device that lasts is raised: no image is to be blamed for it."""
         for side in self._sides:
-            noise = np.random.default_rng(0).integers(0, 256, (self._fits, side, side, 3), np.uint8)
+            images = self._images_at_once(self._fits)(side, side)
+            noise = np.random.default_rng(0).integers(0, 256, (images, side, side, 3), np.uint8)
             try:
                 list(self._compute([(np.arange(1), noise)]))
                 return True
@@ -174,14 +179,14 @@ class ResNetPredictor:
         failure: Exception | None = None  # since the first one, batches are computed alone, so that each is its own
         while is_left.any():
             size = self._fits
-            todo = batches(block, np.flatnonzero(is_left), size)
+            todo = batches(block, np.flatnonzero(is_left), self._images_at_once(size))
             one = next(todo) if failure else None
             try:
                 for rows, results in self._compute(todo if one is None else [one]):
                     found.append((rows, results))
                     is_left[rows] = False
             except Exception as cause:  # noqa: BLE001 - a network may raise anything; raised or recorded below
-                if isinstance(cause, OutOfMemory) and size > 1:
+                if isinstance(cause, OutOfMemory) and self._can_halve(size, block.select(IMAGE_SIZE).filter(is_left)):
                     self._halve(size)
                     continue
                 if self._is_fixed or _is_of_device(cause):
@@ -202,13 +207,24 @@ class ResNetPredictor:
         columns = zip(*(results for _, results in found), strict=True)
         return Results(*(np.concatenate(column)[order] for column in columns)), refused
 
+    def _can_halve(self, size: int, images: pa.Table) -> bool:
+        """Whether some batch of these images holds more than one."""
+        widths, heights = (images[name].to_numpy() for name in IMAGE_SIZE)
+        return self._images_at_once(size)(int((widths * heights).min()), 1) > 1
+
     def _halve(self, size: int) -> None:
         """Go on with batches of half this size."""
         if self._fits == size:  # else another thread met with the same
             self._fits = size // 2
             log.warning(
-                "out of device memory with %d images at once: going on with %d. Set runtime.batch_size", size, size // 2
+                "out of device memory with batches of %d: going on with %s. Set runtime.batch_size",
+                *(size, size // 2 or "one image after the other"),
             )
+
+    def _images_at_once(self, batch_size: int) -> Callable[[int, int], int]:
+        if self._is_fixed:
+            return lambda height, width: batch_size
+        return partial(images_at_once, batch_size)
 
     def _rows(self, samples: pa.Table, results: Results) -> pa.Table:
         """The samples with their results."""
@@ -242,8 +258,19 @@ def _work(block: pa.Table) -> str:
     return f"predict {first}:{at} to {last}:{end}, {block.num_rows} rows"
 
 
-def batches(block: pa.Table, rows: np.ndarray, batch_size: int) -> Iterator[Batch]:
-    """These rows with their pixels, uint8 (batch_size, H, W, 3), images of one size together.
+def images_at_once(batch_size: int, height: int, width: int) -> int:
+    """How many images of this size make a batch where they come in sizes of their own: at the most as many pixels as
+    `batch_size` images of 224 x 224 have, but at least one image.
+
+    What pads a batch takes as long as images do, and images of many sizes fill none. Like this it takes no longer than
+    those pixels, and photographs on a CPU, which computes one of them about as fast as many, need none, while tiny
+    images, which are many times as fast together, share a batch. No row depends on its neighbours: only sizes count.
+    """
+    return min(max(batch_size * USUAL_PIXELS // (height * width), 1), max(batch_size, MOST_OF_ONE_SIZE))
+
+
+def batches(block: pa.Table, rows: np.ndarray, images_at_once: Callable[[int, int], int]) -> Iterator[Batch]:
+    """These rows with their pixels, uint8 (B, H, W, 3), images of one size together; of its height and width follows B.
 
     A batch that lies in one piece in the block is a view of it; others are gathered and padded with zeros.
     """
@@ -251,10 +278,11 @@ def batches(block: pa.Table, rows: np.ndarray, batch_size: int) -> Iterator[Batc
     images = _PixelColumn(block["pixels"])
     sizes = np.stack([heights[rows], widths[rows]], axis=1).astype(np.int64)
     for size in np.unique(sizes, axis=0):
-        same = rows[(sizes == size).all(axis=1)]
+        same, (height, width) = rows[(sizes == size).all(axis=1)], (int(size[0]), int(size[1]))
+        batch_size = images_at_once(height, width)
         for start in range(0, len(same), batch_size):
             chosen = same[start : start + batch_size]
-            yield chosen, images.batch(chosen, (int(size[0]), int(size[1]), 3), batch_size)
+            yield chosen, images.batch(chosen, (height, width, 3), batch_size)
 
 
 class _PixelColumn:

@@ -20,9 +20,7 @@ log = logging.getLogger(__name__)
 
 CANDIDATES = {"cpu": (8, 32), "cuda": (32, 64, 128, 256, 512)}  # images
 UNMEASURED = {"cpu": 32, "cuda": 256}  # where nothing is computed
-# Where images have their own sizes, each of which fills batches of its own. What is left of a batch is computed too, so
-# photographs would like 1; tiny images of one size would like 32.
-OWN_SIZES = {"cpu": 8, "cuda": 16}
+OWN_SIZES = {"cpu": 1, "cuda": 16}  # where images have their own sizes: see `predictor.images_at_once`
 ENOUGH = 0.97  # of the best rate: beyond that a larger batch costs memory and latency for nothing
 SECONDS = 0.4  # for each candidate
 LONGEST = 0.5  # seconds that a batch may take: what a call costs besides its images is nothing to that

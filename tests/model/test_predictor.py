@@ -22,8 +22,9 @@ from pipeline.errors import FatalError
 from pipeline.inputs.stream import pixel_blocks
 from pipeline.model import predictor as module
 from pipeline.model.engines import OutOfMemory
-from pipeline.model.predictor import PredictorSettings, ResNetPredictor
+from pipeline.model.predictor import PredictorSettings, ResNetPredictor, images_at_once
 from pipeline.model.spec import ModelInfo, make_spec
+from pipeline.model.tuning import OWN_SIZES
 from pipeline.rows import Columns, Kind, Row
 from tests.model.helpers import make_job
 from tests.test_deaths import Died, Machine
@@ -64,7 +65,9 @@ class Computing:
 def load(
     monkeypatch: pytest.MonkeyPatch, engine: Any, notes: Notes | None = None, decode: Any = None, streams: int = 1
 ) -> ResNetPredictor:
-    """A predictor over an engine that a test brings along."""
+    """A predictor over an engine that a test brings along, with images of a usual size."""
+    monkeypatch.setattr(module, "USUAL_PIXELS", SIDE * SIDE)
+    monkeypatch.setattr(module, "MOST_OF_ONE_SIZE", 1)
     monkeypatch.setattr(module, "load_engine", lambda *_: Computing(engine, streams))
     return ResNetPredictor(SPEC, INFO, PredictorSettings("eager", "cpu", BATCH, COLUMNS), notes, decode)
 
@@ -175,6 +178,46 @@ def test_a_device_that_is_too_small_gets_smaller_batches(
     assert sum(size > room for size in asked) == (2 if room == 1 else 1), "what did not fit is not tried again"
     assert len(caplog.records) == (2 if room == 1 else 1)
     assert "out of device memory" in caplog.text
+
+
+@given(st.integers(0, 512), st.integers(1, 5000), st.integers(1, 5000))
+def test_what_pads_a_batch_of_images_of_their_own_size_is_bounded(batch_size: int, height: int, width: int) -> None:
+    images = images_at_once(batch_size, height, width)
+    assert 1 <= images <= max(batch_size, module.MOST_OF_ONE_SIZE)
+    assert images == 1 or images * height * width <= batch_size * module.USUAL_PIXELS
+
+
+def computing(compute: Callable[[np.ndarray], Any], monkeypatch: pytest.MonkeyPatch) -> ResNetPredictor:
+    """With the batch size that a CPU has for images of their own sizes."""
+    monkeypatch.setattr(module, "load_engine", lambda *_: Computing(compute))
+    return ResNetPredictor(SPEC, INFO, PredictorSettings("eager", "cpu", OWN_SIZES["cpu"], COLUMNS))
+
+
+def test_tiny_images_share_a_batch_and_photographs_are_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def engine(pixels: np.ndarray) -> Any:
+        shapes.append(pixels.shape[:2])
+        return colour_engine(pixels)
+
+    predictor = computing(engine, monkeypatch)
+    alone = {side: by_index(predictor(block_of([7], side=side)))[Kind.SAMPLE, 0] for side in (32, 160)}
+    assert shapes == [(49, 32), (1, 160)]
+    shapes.clear()
+    for side in (32, 160):
+        found = by_index(predictor(block_of([7] * 50, side=side)))
+        assert all(found[Kind.SAMPLE, place]["score"] == alone[side]["score"] for place in range(50))
+    assert shapes == [(49, 32)] * 2 + [(1, 160)] * 50, "a batch's size depends on nothing but that of the images"
+
+
+def test_tiny_images_that_have_no_room_together_are_computed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def engine(pixels: np.ndarray) -> Any:
+        if len(pixels) > 1:
+            raise OutOfMemory("CUDA out of memory")
+        return colour_engine(pixels)
+
+    found = by_index(computing(engine, monkeypatch)(block_of([1] * 70)))
+    assert [found[Kind.SAMPLE, place]["class_id"] for place in range(70)] == [0] * 70
 
 
 @pytest.mark.parametrize("room", [2, 0])

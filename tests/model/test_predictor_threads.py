@@ -62,7 +62,7 @@ def test_what_fails_for_want_of_memory_is_done_again_and_nothing_else(
     is_small = True
     computed.clear()
     assert by_index(load(monkeypatch, None)(block)) == whole
-    assert caplog.text.count("out of device memory with 4 images at once: going on with 2") == 1
+    assert caplog.text.count("out of device memory with batches of 4: going on with 2") == 1
     again = {colour for colour, times in computed.items() if times > 1 and colour}
     assert again == (set(range(5, 9)) if eagerness else set(range(13, 17)))
 
