@@ -63,6 +63,18 @@ def test_a_node_measures_once_and_keeps_the_curve(tmp_path: Path, monkeypatch: p
     assert choose_batch_size(spec, info, "noop", "cpu") == tuning.UNMEASURED["cpu"]
 
 
+def test_what_was_measured_on_another_kind_of_cpu_does_not_count(tmp_path: Path) -> None:
+    """As where nodes share a home."""
+    for name, flags in (("a", "fpu avx2"), ("b", "fpu avx2 avx512f")):
+        (tmp_path / name).write_text(
+            "".join(f"processor\t: {n}\nmodel name\t: Xeon\ncpu MHz\t: {n}\nflags\t: {flags}\n\n" for n in range(2))
+        )
+    assert tuning._processor(tmp_path / "a") == ["model name\t: Xeon", "flags\t: fpu avx2"]
+    assert tuning._processor(tmp_path / "b") != tuning._processor(tmp_path / "a")
+    assert tuning._processor(tmp_path / "none")
+    assert tuning._processor() == tuning._processor()
+
+
 def test_what_the_device_has_no_memory_for_is_not_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RESNET_BATCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tuning, "SECONDS", 0.02)
