@@ -26,11 +26,8 @@ from statistics import mean, median
 
 from benchmarks.arms import ARMS, Arm, Done, Setting, is_installed, run_arm, run_limit, run_ray_init
 from benchmarks.networks import CORES, write_weights
-from benchmarks.photographs import as_parquet, pack, samples, take_tars
+from benchmarks.photographs import as_parquet, pack, refuse_turned, refuse_unreadable, samples, take_tars
 from benchmarks.summary import Line, Outcome, agreement, as_csv, best, line, ratio, together
-from pipeline.config import Input, Transform
-from pipeline.errors import Reject
-from pipeline.inputs.images import decode
 
 AGREEMENT = 0.99
 SEEN = 200  # photographs that the weights are made for
@@ -100,19 +97,13 @@ def prepare(setting: Setting, source: Path, images: int, per_shard: int) -> tupl
     if len(keys) != len(listed):
         raise SystemExit("the tars hold a key twice, by which the rows of the arms could not be told apart")
     refuse_unreadable(listed)
+    refuse_turned(listed)
     encoded = list(dict.fromkeys(data for _, data in listed))[:SEEN]
+    if len(encoded) < 2:
+        raise SystemExit(f"{source} holds one photograph only: with two or more, agreement can show something")
     write_weights(setting.model, encoded, setting.weights)
     seen = set(encoded)
     return keys, {key for key, data in listed if data in seen}
-
-
-def refuse_unreadable(listed: Sequence[tuple[str, bytes]]) -> None:
-    """SystemExit where a sample cannot be decoded: most arms would stop there."""
-    for data, key in {data: key for key, data in listed}.items():
-        try:
-            decode(data, Transform(), Input(url=".").max_pixels)
-        except Reject as reject:
-            raise SystemExit(f"{key} cannot be read ({reject.message}): compare with images that can") from None
 
 
 def compare(setting: Setting, keys: set[str], known: set[str], names: Sequence[str], rounds: int) -> list[Line]:

@@ -71,9 +71,12 @@ def job(folder: str, output: str) -> JobConfig:
 
 
 def ours(folder: str) -> float:
-    """Images/s of a run, in its steady state."""
+    """Images/s of a run, in its steady state. SystemExit where it was not all that it should be."""
     with tempfile.TemporaryDirectory() as output:
-        return pipeline.run(job(folder, output)).images_per_s
+        report = pipeline.run(job(folder, output))
+    if report.exit_code or report.errors or not report.images_per_s:
+        raise SystemExit(f"{report.errors} of {report.errors + report.predicted} images are errors: {report.message}")
+    return report.images_per_s
 
 
 class Profile(threading.Thread):

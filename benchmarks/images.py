@@ -1,6 +1,6 @@
 """Images per CPU second from JPEG bytes to 224 x 224 pixels, and how far the pixels are from the reference.
 
-    python benchmarks/images.py FOLDER [--rounds 5] [--large 8]
+    python -m benchmarks.images FOLDER [--rounds 5] [--large 8]
 
 Every contender is a process of its own, as a decode worker is, with nothing imported that it does not need. In every
 round each of them takes all images in turn, so that a machine that slows down slows all of them; the median round
@@ -133,15 +133,17 @@ def enlarged(data: bytes) -> bytes:
 
 
 def main() -> None:
+    from benchmarks.photographs import images_in, refuse_turned, refuse_unreadable  # not in the contenders' processes
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a folder of JPEG files")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--large", type=int, default=8, help="how many to enlarge (0: none)")
     options = parser.parse_args()
-    paths = [path for path in sorted(options.folder.iterdir()) if path.suffix.lower() in (".jpg", ".jpeg")]
-    if not paths:
-        parser.error(f"there are no JPEG files in {options.folder}")
-    images = [path.read_bytes() for path in paths]
+    listed = [(str(path), path.read_bytes()) for path in images_in(options.folder, (".jpg", ".jpeg"))]
+    refuse_unreadable(listed)
+    refuse_turned(listed)
+    images = [data for _, data in listed]
     report("As they are", images, options.rounds)
     if options.large:
         report("12 megapixels", [enlarged(data) for data in images[: options.large]], options.rounds)

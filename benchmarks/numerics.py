@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.networks import spec_of, write_weights
-from benchmarks.photographs import IMAGES
+from benchmarks.photographs import images_in, refuse_unreadable
 from pipeline.config import Precision, Storage, Transform
 from pipeline.errors import ConfigError
 from pipeline.examples.photos import load_photos
@@ -111,7 +111,8 @@ def table(network: str, encoded: list[bytes], folder: Path) -> Iterator[str]:
         if reference is None:
             reference = found
             classes = len(np.unique(found[0].argmax(axis=1)))
-            assert classes >= MIN_CLASSES, f"{network} predicts {classes} classes only, so agreement shows nothing"
+            if classes < MIN_CLASSES:
+                raise SystemExit(f"{network} predicts {classes} classes only, so agreement shows nothing")
         yield row(arm, network, found, reference)
 
 
@@ -123,8 +124,11 @@ def main() -> None:
     if options.photographs is None:
         encoded = [data for _, data in load_photos()]
     else:
-        files = sorted(path for path in options.photographs.iterdir() if path.suffix.lower() in IMAGES)
-        encoded = [path.read_bytes() for path in files]
+        listed = [(str(path), path.read_bytes()) for path in images_in(options.photographs)]
+        refuse_unreadable(listed)
+        encoded = [data for _, data in listed]
+    if len(set(encoded)) < MIN_CLASSES:
+        parser.error(f"{len(set(encoded))} photographs are too few to show anything: take {MIN_CLASSES} or more")
     print("| network | device | engine | precision | top-1 | centred cosine, p1 | images/s |")
     print("| --- | --- | --- | --- | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory() as folder:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import Input
+from pipeline.config import Input, Transform
+from pipeline.errors import Reject
 from pipeline.examples.tars import write_tar
+from pipeline.inputs.images import decode, size_and_orientation
 from pipeline.inputs.readers import read
+from pipeline.inputs.resizing import UPRIGHT
 from pipeline.inputs.shards import discover
 from pipeline.storage import Store
 
@@ -18,11 +22,33 @@ IMAGES = (".jpg", ".jpeg", ".png")
 ROWS = 100  # in a row group
 
 
+def images_in(folder: Path, suffixes: Sequence[str] = IMAGES) -> list[Path]:
+    """In the order of their names. SystemExit where there are none."""
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes) if folder.is_dir() else []
+    if not found:
+        raise SystemExit(f"{folder} is no folder with {', '.join(suffixes)} files")
+    return found
+
+
+def refuse_unreadable(listed: Sequence[tuple[str, bytes]]) -> None:
+    """SystemExit where an image, key and bytes, cannot be decoded: what is measured would stop there, or differ."""
+    for data, key in {data: key for key, data in listed}.items():
+        try:
+            decode(data, Transform(), Input(url=".").max_pixels)
+        except Reject as reject:
+            raise SystemExit(f"{key} cannot be read ({reject.message}): take images that can") from None
+
+
+def refuse_turned(listed: Sequence[tuple[str, bytes]]) -> None:
+    """SystemExit where EXIF says that a readable image is to be turned: others show and predict it as it lies."""
+    for data, key in {data: key for key, data in listed}.items():
+        if size_and_orientation(data)[1] != UPRIGHT:
+            raise SystemExit(f"{key} is stored on its side, which its EXIF says and others ignore: take upright images")
+
+
 def pack(photographs: Path, folder: Path, shards: int, per_shard: int) -> list[Path]:
     """`shards` tars of `per_shard` images each, repeating the photographs as often as needed."""
-    files = sorted(path for path in photographs.iterdir() if path.suffix.lower() in IMAGES)
-    if not files:
-        raise SystemExit(f"there are no images in {photographs}")
+    files = images_in(photographs)
     folder.mkdir(parents=True, exist_ok=True)
     numbered = enumerate(cycle(files))
     paths = []

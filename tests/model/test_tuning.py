@@ -72,7 +72,6 @@ def test_what_was_measured_on_another_kind_of_cpu_does_not_count(tmp_path: Path)
     assert tuning._processor(tmp_path / "a") == ["model name\t: Xeon", "flags\t: fpu avx2"]
     assert tuning._processor(tmp_path / "b") != tuning._processor(tmp_path / "a")
     assert tuning._processor(tmp_path / "none")
-    assert tuning._processor() == tuning._processor()
 
 
 def test_what_the_device_has_no_memory_for_is_not_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
