@@ -22,14 +22,14 @@ class Measured:
 
     images: int  # that were sampled, each counted once
     bytes_per_image: float  # of the shards' size
-    decodable: float  # the share of images that are; the others become error rows
+    predicted: float  # the share of images that are; the others become error rows
     read_wait_s: float  # for the store, of one reader
     read_cpu_s: float
     decode_cpu_s: float  # of one core, while all of them decode, or 16
     network_s: (
-        float  # of one device that does nothing else; on a CPU of all cores of a node; per image that is decodable
+        float  # of one device that does nothing else; on a CPU of all cores of a node; per image that is predicted
     )
-    row_bytes: float  # in a part, of an image that is decodable
+    row_bytes: float  # in a part, of an image that is predicted
     put_s: float  # of one part
     start_up_s: float  # from the command to the first block at work, Ray's own start included
     engine: str
@@ -73,9 +73,9 @@ def estimate(measured: Measured, sizes: list[int], price_per_hour: float | None 
         images=images,
         seconds=round(seconds, 1),
         images_per_s=round(rate, 1),
-        output_bytes=round(images * measured.decodable * measured.row_bytes),
+        output_bytes=round(images * measured.predicted * measured.row_bytes),
         bound="start-up" if measured.start_up_s > seconds / 2 else bound,
-        cores_per_device=None if cpu else round(feeding_s / measured.network_s / measured.decodable, 1),
+        cores_per_device=None if cpu else round(feeding_s / measured.network_s / measured.predicted, 1),
         cost=None if price_per_hour is None else round(price_per_hour * seconds / 3600, 2),
         measured=measured,
     )
@@ -84,19 +84,19 @@ def estimate(measured: Measured, sizes: list[int], price_per_hour: float | None 
 def stage_rates(measured: Measured, images_per_shard: float) -> dict[str, float]:
     """Images/s of each stage if it were alone, on all that the run has."""
     cpu_s = measured.read_cpu_s + measured.decode_cpu_s + RAY_CPU_S
-    # Several actors on the cores of one node compute no more than one.
+    # One actor takes all cores of its node; what a second one there would add is not measured.
     devices = min(measured.nodes, measured.actors) if measured.device == "cpu" else measured.actors
     return {
         "read": measured.cores / (measured.read_wait_s + cpu_s),
         "decode": measured.cores / cpu_s,
-        "network": devices / measured.network_s / measured.decodable,
+        "network": devices / measured.network_s / measured.predicted,
         "write": measured.commits_at_once * images_per_shard / measured.put_s,
     }
 
 
 def _on_cores(rates: dict[str, float], measured: Measured) -> float:
     """Of decoding and a network on the same cores: all of them, if need be, since decoders go where there is room."""
-    return 1 / (1 / rates["decode"] + measured.network_s * measured.decodable / measured.nodes)
+    return 1 / (1 / rates["decode"] + measured.network_s * measured.predicted / measured.nodes)
 
 
 def _bound(rates: dict[str, float], rate: float, cpu: bool) -> Bound:
@@ -136,7 +136,7 @@ def describe(estimate: Estimate) -> dict[str, str]:
         "will take": f"{estimate.seconds:,.0f} s, of which {found.start_up_s:.0f} s to start,"
         f" at {estimate.images_per_s:,.0f} images/s",
         "images": f"{estimate.images:,}, of {found.bytes_per_image / 1000:,.1f} kB on average"
-        + (f"; {1 - found.decodable:.1%} can't be decoded" if found.decodable < 1 else ""),
+        + (f"; {1 - found.predicted:.1%} become error rows" if found.predicted < 1 else ""),
         "output": f"{estimate.output_bytes / 1e6:,.1f} MB",
         "bound by": estimate.bound,
         "measured": f"on {found.images} images, {found.engine} on {found.device}, batches of {found.batch_size}: a core"

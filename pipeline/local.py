@@ -21,8 +21,9 @@ from pipeline.inputs.images import eight_bits
 from pipeline.inputs.readers import read
 from pipeline.inputs.shards import Shard, discover, printable
 from pipeline.inputs.stream import pixel_blocks
-from pipeline.model.engines import find_engine
+from pipeline.model.engines import ROWS, find_engine
 from pipeline.model.spec import ModelSpec, result_columns
+from pipeline.model.tuning import OWN_SIZES
 from pipeline.model.zoo import resolve, share_cores
 from pipeline.nvjpeg import device_decoder
 from pipeline.rows import Kind, Row
@@ -73,15 +74,21 @@ def _with_urls(rows: list[Row], shards: Sequence[Shard], config: JobConfig, spec
 def _results(rows: list[Row], config: JobConfig, spec: ModelSpec) -> pa.Table:
     """Identity, results, and `error` and `message` where there is no result; sorted by shard and index."""
     device = "cpu" if spec.is_noop else _device(config.runtime.device)
-    batch_size = max(size for size in BATCH_SIZES if size == 1 or size * BATCHES[device] <= len(rows))
+    batch_size = _batch_size(len(rows), device, spec)
     model = _Model(spec.fingerprint, config.output.top_k, spec, config.output)
     predictor = _predictor(model, config.runtime.engine, device, batch_size, config.input.max_pixels)
-    blocks = pixel_blocks(rows, spec.transform, config.input, batch_size * BATCHES_PER_BLOCK)
+    blocks = pixel_blocks(rows, spec.transform, config.input, max(batch_size, ROWS) * BATCHES_PER_BLOCK)
     schema = predictor.columns.pieces()
     table = pa.concat_tables([schema.empty_table(), *(predictor(block) for block in blocks)])
     table = table.sort_by([("shard", "ascending"), ("index", "ascending")])
     names = ["key", "shard", "index", *(f.name for f in predictor.columns.results())]
     return table.select([*names, "width", "height", "error", "message"]).combine_chunks()
+
+
+def _batch_size(images: int, device: str, spec: ModelSpec) -> int:
+    if spec.input_size is None:
+        return OWN_SIZES[device]
+    return max(size for size in BATCH_SIZES if size == 1 or size * BATCHES[device] <= images)
 
 
 def _device(requested: str) -> str:

@@ -73,7 +73,7 @@ class Job:
 
     @property
     def rows_per_block(self) -> int:
-        """Images in a block: full batches of some 40 MB in all."""
+        """Images in a block: some 40 MB of them, and full batches where all have one size."""
         rows = min(max(BLOCK_BYTES // self.image_bytes, MIN_BLOCK_ROWS), MAX_BLOCK_ROWS)
         return max(rows // self.settings.batch_size, 1) * self.settings.batch_size
 

@@ -11,9 +11,11 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -24,6 +26,7 @@ from pipeline.cluster import Cluster, connected
 from pipeline.config import JobConfig
 from pipeline.deaths import Guard, Notes
 from pipeline.driver import MAX_COMMITS, num_committers
+from pipeline.errors import PipelineError, clean
 from pipeline.estimation import FORMAT, PREDICTION, Estimate, Measured, estimate
 from pipeline.inputs.shards import Shard
 from pipeline.inputs.stream import pixel_blocks, read_rows
@@ -47,6 +50,7 @@ MAX_BYTES = 256 * 2**20  # of pixels, of all tasks together, where images keep t
 COUNTED_BYTES = 32 * 2**20  # of a tar, compressed or not
 PREDICT_SECONDS = 2.0  # at least
 MIN_BATCHES = 4  # that a slow network is timed with; more than one, since some are computed at once
+FEW_IMAGES = 8  # at least, where they have sizes of their own
 PROBE_BYTES = 64 * 2**20  # at most
 FLOW_S = 4.0  # that Ray Data's own actors and the committer take to come up, on two cores (docs/performance.md)
 
@@ -82,8 +86,8 @@ def estimate_plan(
     measured = measure(config, spec, dataset, plan)
     if measured is None:
         log.warning(
-            "there is no estimate: no image of the sample can be read and decoded, or its store tells no sizes."
-            " Look at input.format and input.url"
+            "there is no estimate: no image of the sample can be read, decoded and predicted, or its store tells no"
+            " sizes. Look at input.format and input.url"
         )
         return None
     found = estimate(measured, [task.shard.size for task in plan.tasks], price_per_hour)
@@ -92,8 +96,9 @@ def estimate_plan(
 
 
 def measure(config: JobConfig, spec: ModelSpec, dataset: Dataset, plan: Plan) -> Measured | None:
-    """Figures of a sample of the plan's shards; None where no image of it can be read and decoded, or no shard has a
-    known size, which a web server need not tell. Raises what keeps the model from being built, and what ends a worker.
+    """Figures of a sample of the plan's shards; None where no image of it can be read, decoded and predicted, or no
+    shard has a known size, which a web server need not tell. Raises what keeps the model from being built, and what
+    ends a worker.
     """
     begun = time.monotonic()
     shards = [task.shard for task in plan.tasks]
@@ -103,29 +108,30 @@ def measure(config: JobConfig, spec: ModelSpec, dataset: Dataset, plan: Plan) ->
         if job.settings.engine == "compile":
             wait_for(_like_an_actor(_load, job).remote(job))
         begun = time.monotonic()  # what has been converted, tuned, calibrated and compiled by now, no run has to
-        decoding, chosen = ray.remote(num_cpus=decode_cpus(cluster, job.shares_cores))(_read_and_decode), spread(shards)
-        _start(config, job, cluster, decoding, chosen)
+        chosen = spread(shards)
+        _start(config, job, cluster, chosen)
         start_up_s = connect_s + time.monotonic() - begun + FLOW_S
-        decoded = _decode(decoding, chosen, job, cluster)
+        decoded = _decode(chosen, job, cluster)
         counts = sum((found.counts for found in decoded), Counts())
         spent = sum((found.spent for found in decoded), Spent())
         size = sum(shard.size for shard in shards) / len(shards)
         if not (counts.decoded and counts.measured and counts.num_bytes and size):
             return None
-        network_s, row_bytes = wait_for(
-            _like_an_actor(_time_predictor, job).remote([found.block for found in decoded], job)
-        )
-        bytes_per_image, decodable = counts.num_bytes / counts.measured, counts.decoded / counts.tried
+        timed = wait_for(_like_an_actor(_time_predictor, job).remote([found.block for found in decoded], job))
+        if timed is None:
+            return None
+        network_s, row_bytes, share = timed
+        bytes_per_image, predicted = counts.num_bytes / counts.measured, share * counts.decoded / counts.tried
         return Measured(
             images=sum(found.counts.decoded for found in decoded[: len(chosen)]),  # others read the first shard again
             bytes_per_image=bytes_per_image,
-            decodable=decodable,
+            predicted=predicted,
             read_wait_s=spent.read_wait_s / counts.read,
             read_cpu_s=spent.read_cpu_s / counts.read,
             decode_cpu_s=spent.decode_cpu_s / counts.tried,
             network_s=network_s,
             row_bytes=row_bytes,
-            put_s=_put_seconds(dataset, row_bytes * decodable * size / bytes_per_image),
+            put_s=_put_seconds(dataset, row_bytes * predicted * size / bytes_per_image),
             start_up_s=start_up_s,
             engine=job.settings.engine,
             device=job.settings.device,
@@ -143,12 +149,13 @@ def _like_an_actor(function: Callable[..., Any], job: Job) -> Any:
     return ray.remote(num_cpus=WAITING_CPUS, num_gpus=job.num_gpus, max_calls=1)(function)
 
 
-def _start(config: JobConfig, job: Job, cluster: Cluster, decoding: Any, chosen: Sequence[Shard]) -> None:
+def _start(config: JobConfig, job: Job, cluster: Cluster, chosen: Sequence[Shard]) -> None:
     """What a run does before its first block is at work. Later, all is imported and connected where it is needed."""
     import_ray_data = partial(import_module, "pipeline.flow")
     prepare(config, job.spec, cluster, chosen, meanwhile=import_ray_data)
     import_ray_data()
-    starting = [decoding.remote(chosen[:1], job, 1, MAX_BYTES) for _ in range(_num_readers(cluster))]
+    decoding = ray.remote(num_cpus=decode_cpus(cluster, job.shares_cores))(_decode_one)
+    starting = [decoding.remote(chosen[0], job) for _ in range(_num_readers(cluster))]
     for answer in [_like_an_actor(_load, job).remote(job), *starting]:
         wait_for(answer)
 
@@ -158,9 +165,15 @@ def _num_readers(cluster: Cluster) -> int:
     return min(cluster.num_cpus, MAX_TASKS)
 
 
-def _decode(decoding: Any, chosen: Sequence[Shard], job: Job, cluster: Cluster) -> list[Decoded]:
+def _decode_one(shard: Shard, job: Job) -> None:
+    rows = read_rows(0, shard, job.config.input, Store(job.config.input_storage))
+    next(pixel_blocks(islice(rows, 1), job.spec.transform, job.config.input, 1))
+
+
+def _decode(chosen: Sequence[Shard], job: Job, cluster: Cluster) -> list[Decoded]:
     """Read and decode on all cores at once, as a run does, or on MAX_TASKS of them."""
     readers = _num_readers(cluster)
+    decoding = ray.remote(num_cpus=decode_cpus(cluster, job.shares_cores))(_read_and_decode)
     shares = [chosen[start::readers] or chosen[:1] for start in range(readers)]
     answers = [decoding.remote(share, job, IMAGES_PER_TASK, MAX_BYTES // readers) for share in shares]
     return [wait_for(answer) for answer in answers]
@@ -209,13 +222,15 @@ def _read_and_decode(shards: Sequence[Shard], job: Job, images: int, max_bytes: 
             min_bytes = COUNTED_BYTES if shard.kind == "webdataset" and not counts.measured else 0
             found = read_rows(number, shard, job.config.input, store, guard)
             read, last = yield from _first_images(found, images / len(shards), is_full, min_bytes, store)
-            measured, num_bytes = _measured(shard, read, last, store)
-            counts += Counts(read, measured=measured, num_bytes=num_bytes)
+            counts += Counts(read) + _measured(shard, read, last, store)
 
     kinds = pa.array([Kind.SAMPLE, Kind.ENCODED], pa.uint8())
     for found in guard.watch(pixel_blocks(rows(), job.spec.transform, job.config.input, images, guard)):
         samples.append(found.filter(pc.is_in(found["kind"], kinds)))
         counts += Counts(tried=found.num_rows, decoded=samples[-1].num_rows)
+    for shard in shards:
+        if shard.kind == "parquet" and not counts.measured:  # not read to its end
+            counts += _of_footer(shard, store)
     return Decoded(counts, notes.spent, pa.concat_tables(samples) if samples else PIXELS.empty_table())
 
 
@@ -238,40 +253,56 @@ def _first_images(
     return read, last
 
 
-def _measured(shard: Shard, read: int, last: Kind | None, store: _Observed) -> tuple[int, int]:
-    """How many images take how many bytes of the shard, of which so many were read; (0, 0) where it does not tell."""
+def _measured(shard: Shard, read: int, last: Kind | None, store: _Observed) -> Counts:
+    """What the shard tells, of which so many images were read, of how many bytes they take."""
     if shard.kind == "files":
-        return len(shard.members), shard.size
+        return Counts(measured=len(shard.members), num_bytes=shard.size)
     if last is Kind.END or (last is Kind.SAMPLE and store.opened.closed):  # behind its last image
-        return read, shard.size
-    if last is Kind.SAMPLE and shard.kind == "parquet":
-        return pq.read_metadata(store.opened).num_rows, shard.size
-    if last is Kind.SAMPLE and store.is_read_to(COUNTED_BYTES):
-        # Of a tar, whose reader holds one image back, and has just filled its buffer.
-        return read + 1, store.opened.tell() - TAR_BUFFER
-    return 0, 0
+        return Counts(measured=read, num_bytes=shard.size)
+    if last is Kind.SAMPLE and shard.kind == "webdataset" and store.is_read_to(COUNTED_BYTES):
+        # The reader holds one image back, and has just filled its buffer.
+        return Counts(measured=read + 1, num_bytes=store.opened.tell() - TAR_BUFFER)
+    return Counts()
+
+
+def _of_footer(shard: Shard, store: Store) -> Counts:
+    """Of a Parquet file; nothing where it cannot be read any more."""
+    try:
+        with store.open(shard.url, shard.version, read_ahead=False) as file:
+            return Counts(measured=pq.read_metadata(file).num_rows, num_bytes=shard.size)
+    except (PipelineError, pa.ArrowException, OSError) as cause:
+        log.warning("%s does not tell how many rows it has: %s", shard.url, clean(cause))
+        return Counts()
 
 
 def _load(job: Job) -> None:
     ResNetPredictor(job.spec, job.info, job.settings, decode=job.decoder)
 
 
-def _time_predictor(blocks: list[pa.Table], job: Job) -> tuple[float, float]:
-    """Seconds per image of one device, and bytes of a row in a part."""
+def _time_predictor(blocks: list[pa.Table], job: Job) -> tuple[float, float, float] | None:
+    """Seconds of one device for an image that it predicts, bytes of its row in a part, and the share of images that
+    are predicted. None where none is."""
     predictor = ResNetPredictor(job.spec, job.info, job.settings, decode=job.decoder)
-    block, size = pa.concat_tables(blocks), job.settings.batch_size
+    block, size, min_batches = pa.concat_tables(blocks), job.settings.batch_size, MIN_BATCHES
+    if job.spec.input_size is None:  # any of them may take long: a few tell how long
+        order = np.random.default_rng(0).permutation(block.num_rows)
+        block, size, min_batches = block.take(order), FEW_IMAGES, 1
     predictor(block.slice(0, size))  # warm
     warm = time.perf_counter()
     predictor(block.slice(0, size))
-    batches = max(round(PREDICT_SECONDS / (time.perf_counter() - warm)), MIN_BATCHES)
+    batches = max(round(PREDICT_SECONDS / (time.perf_counter() - warm)), min_batches)
     rows, filled = full_batches(min(block.num_rows, batches * size), size)
     filled = filled if job.spec.input_size is not None else 1.0  # else a batch of each size is padded, as in a run
-    images, started = 0, time.perf_counter()
+    images, predicted, started = 0, 0, time.perf_counter()
     while images == 0 or time.perf_counter() - started < PREDICT_SECONDS:
         pieces = predictor(block.slice(0, rows))
         images += pieces.num_rows
+        predicted += pc.sum(pc.equal(pieces["kind"], Kind.SAMPLE)).as_py()
     seconds = time.perf_counter() - started
-    return seconds / images * filled, _row_bytes(pieces, job)
+    if not predicted:
+        return None
+    rows_of_part = pieces.filter(pc.equal(pieces["kind"], Kind.SAMPLE))
+    return seconds / predicted * filled, _row_bytes(rows_of_part, job), predicted / images
 
 
 def full_batches(images: int, batch_size: int) -> tuple[int, float]:

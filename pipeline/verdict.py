@@ -94,7 +94,7 @@ def _on_the_network(shares: dict[str, float], usage: Usage) -> str:
         lower = ", or model.precision=bfloat16 in a new dataset" if is_full else ""
         return f"The GPUs are busy: more of them{lower}."
     if _has_idle_cores(shares, usage):
-        return "The actors are busy and leave cores idle: more of them (runtime.actors), or larger runtime.batch_size."
+        return "To go faster: more actors (runtime.actors), since those that there are leave cores idle."
     lower = ", model.precision=int8 in a new dataset (bfloat16: on some CPUs)" if is_full else ""
     return f"To go faster: more cores, a GPU{lower}."
 

@@ -13,7 +13,7 @@ from pipeline.estimation import FORMAT, Measured, describe, estimate, is_about, 
 MEASURED = Measured(
     images=256,
     bytes_per_image=100_000,
-    decodable=1.0,
+    predicted=1.0,
     read_wait_s=0.0,
     read_cpu_s=0.1e-3,
     decode_cpu_s=1.7e-3,  # with Ray's share: 500 images/s of a core
@@ -66,12 +66,12 @@ def test_actors_on_some_nodes_only_compute_on_these() -> None:
 
 @pytest.mark.parametrize("measured", [MEASURED, replace(GPU, cores=16)])
 def test_what_cannot_be_decoded_takes_no_network_and_no_room(measured: Measured) -> None:
-    half = estimate(replace(measured, decodable=0.5), SHARDS)
+    half = estimate(replace(measured, predicted=0.5), SHARDS)
     assert half.images == 10_000
     assert half.output_bytes == 7_500_000
     assert half.seconds == estimate(replace(measured, network_s=measured.network_s / 2), SHARDS).seconds
-    assert "50.0% can't be decoded" in describe(half)["images"]
-    assert "can't" not in describe(estimate(measured, SHARDS))["images"]
+    assert "50.0% become error rows" in describe(half)["images"]
+    assert "error rows" not in describe(estimate(measured, SHARDS))["images"]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from pipeline.model.spec import result_columns
 from pipeline.model.zoo import resolve
 from pipeline.planning import Plan, make_plan, model_and_dataset
 from pipeline.preparation import Job, prepare
+from pipeline.rows import Kind
 from pipeline.sampling import Counts
 from tests.support.jobs import BROKEN, NOOP, digits_config, digits_tars
 
@@ -50,7 +51,7 @@ def test_without_an_image_there_is_the_plan_alone(
     config = digits_config(tmp_path / "*.tar", tmp_path / "labels", **NOOP)
     with caplog.at_level(logging.WARNING, "pipeline"):
         assert pipeline.plan(config, estimate=True) == pipeline.plan(config)
-    assert "there is no estimate: no image of the sample can be read and decoded" in caplog.text
+    assert "there is no estimate: no image of the sample can be read, decoded and predicted" in caplog.text
     assert not (tmp_path / "labels").exists()
 
 
@@ -127,7 +128,7 @@ def test_what_is_compiled_is_timed_when_it_is_loaded_again(tmp_path: Path, monke
 
     monkeypatch.setattr(sampling, "prepare", settle)
     monkeypatch.setattr(sampling, "_load", load)
-    monkeypatch.setattr(sampling, "_time_predictor", lambda *_: (0.001, 10.0))
+    monkeypatch.setattr(sampling, "_time_predictor", lambda *_: (0.001, 10.0, 1.0))
     for engine, loads in (("compile", 2), ("eager", 1)):
         found = sampling.measure(config, *model_and_dataset(config), make_plan(config))
         assert found is not None
@@ -219,7 +220,7 @@ def test_what_cannot_be_decoded_is_not_predicted(tmp_path: Path) -> None:
     config = make_config(digits_config(tmp_path / "shards", tmp_path / "labels", **NOOP))
     found = sampling.measure(config, *model_and_dataset(config), make_plan(config))
     assert found is not None
-    assert found.decodable == 0.75
+    assert found.predicted == 0.75
 
 
 @pytest.mark.parametrize(
@@ -253,3 +254,50 @@ def test_seconds_per_image_are_those_of_full_batches(
     found = sampling._time_predictor([sampling._read_and_decode(shards, job, images, 10**9).block], job)
     assert predicted == [min(images, 8), min(images, 8), timed], "a batch to warm up, one to see how many to time"
     assert seconds <= found[0] < 1.8 * seconds
+
+
+def test_images_of_their_own_sizes_are_timed_in_any_order_and_those_that_fail_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first ones may all be large, and of one shard. Here those with an odd number fail."""
+    digits_tars(tmp_path, 1, 64)
+    transform = {"resize": None, "crop": None}
+    job = job_of(tmp_path, model={"name": "resnet18", "weights": "random", "transform": transform})
+    shards = [task.shard for task in make_plan(job.config).tasks]
+    block = sampling._read_and_decode(shards, job, 64, 10**9).block
+    timed: list[int] = []
+
+    class Failing(ResNetPredictor):
+        def __call__(self, block: pa.Table) -> pa.Table:
+            time.sleep(0.02 * block.num_rows)
+            timed[:] = block["index"].to_pylist()
+            pieces = super().__call__(block)
+            kinds = pa.array([Kind.ERROR if n % 2 else Kind.SAMPLE for n in pieces["index"].to_pylist()], pa.uint8())
+            return pieces.set_column(pieces.schema.get_field_index("kind"), "kind", kinds)
+
+    monkeypatch.setattr(sampling, "ResNetPredictor", Failing)
+    monkeypatch.setattr(sampling, "PREDICT_SECONDS", 0.6)
+    found = sampling._time_predictor([block.slice(0, 32), block.slice(32)], job)
+    assert found is not None
+    seconds, _, share = found
+    assert 16 <= len(timed) < 64, "about as many as take the time"
+    assert min(timed) < 20, "of all blocks"
+    assert max(timed) > 43
+    assert share == sum(n % 2 == 0 for n in timed) / len(timed)
+    assert 0.02 <= seconds * share < 0.04
+
+
+def test_what_starts_a_reader_reads_no_more_than_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digits_tars(tmp_path, 1, 64)
+    job, decoded = job_of(tmp_path), list[int]()
+    original = sampling.read_rows
+
+    def counted(*given: Any) -> Any:
+        for row in original(*given):
+            decoded.append(row.index)
+            yield row
+
+    monkeypatch.setattr(sampling, "read_rows", counted)
+    (task,) = make_plan(job.config).tasks
+    sampling._decode_one(task.shard, job)
+    assert decoded == [0]

@@ -1,6 +1,6 @@
 """The engine for CPUs: OpenVINO. A node converts a network once; later actors load it and never import torch.
 
-The converted network is fp32 and takes any batch and image size; batch size, image size where it is known, and
+The converted network is fp32 and takes any batch and image size; both, where the image size is known, and the
 precision are set when it is compiled. It is compared with torch before it is used: conversion follows one run of
 the network, so what a network decides by its input would be frozen, and the numbers silently wrong.
 
@@ -37,6 +37,7 @@ PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 TELEMETRY = "openvino_telemetry"
 NETWORK = ("network.xml", "network.bin")  # OpenVINO's files
 STREAMS = 8  # at the most: every one has memory for a batch
+THREADS = 8  # at least for each, where one image may need gigabytes
 IMAGES = 256  # that lie in two blocks of pixels at least
 # Arrays go into and out of OpenVINO by one thread at a time: the first two to do so would wait for each other for ever,
 # one for what the other sets up, that one for Python's lock. (A function's static variable in its Python binding.)
@@ -90,10 +91,10 @@ def num_streams(threads: int, batch_size: int, input_size: int | None) -> int:
     """How many batches to compute at once, each on an equal share of the threads.
 
     A batch for each core, not all cores for a batch: threads that share a batch wait for each other after every layer,
-    and so for whatever else one of the cores does. No more than there are batches to have; and one where images come in
+    and so for whatever else one of the cores does. No more than there are batches to have; and few where images come in
     sizes of their own, of which a single one may need much memory.
     """
-    most = min(STREAMS, max(1, IMAGES // batch_size)) if input_size else 1
+    most = min(STREAMS, max(1, IMAGES // batch_size)) if input_size else max(1, threads // THREADS)
     return threads // -(-threads // most)
 
 

@@ -17,17 +17,15 @@ import pyarrow as pa
 
 from pipeline.deaths import LONE_DEATHS, SPLIT_AFTER, Notes, killer
 from pipeline.errors import FatalError, PipelineError, Reject, clean
-from pipeline.model.engines import Engine, OutOfMemory, load_engine
+from pipeline.model.engines import Engine, OutOfMemory, PixelBatch, load_engine
 from pipeline.model.results import Batch, Results, connect
 from pipeline.model.spec import PROBE_SIZES, ModelInfo, ModelSpec
+from pipeline.model.tuning import images_at_once
 from pipeline.model.turns import Turns
 from pipeline.rows import IDENTITY, VERDICT, Columns, Kind
 from pipeline.timing import Busy
 
 IMAGE_SIZE = ["pixel_width", "pixel_height"]
-
-USUAL_PIXELS = 224 * 224
-MOST_OF_ONE_SIZE = 64  # tiny images that share a batch
 
 DEVICE_ERROR = re.compile("cuda|cudnn|cublas|accelerator", re.IGNORECASE)
 
@@ -38,12 +36,13 @@ log = logging.getLogger(__name__)
 class PredictorSettings:
     engine: str
     device: str
-    batch_size: int  # images; where they come in sizes of their own, see `images_at_once`
+    batch_size: int  # images; where they come in sizes of their own, see `tuning.images_at_once`
     columns: Columns
 
 
 class ResNetPredictor:
-    """Hosts one network. Batches are padded to the fixed size, so that a row never depends on its neighbours.
+    """Hosts one network. Batches are padded to a size that is fixed, or follows from that of the images, so that a row
+    never depends on its neighbours.
 
     Batches that kill the process are divided until the sample is found that does it; that one becomes an error row.
     Where the device runs out of memory, batches of half the size are computed from then on.
@@ -186,14 +185,17 @@ class ResNetPredictor:
                     found.append((rows, results))
                     is_left[rows] = False
             except Exception as cause:  # noqa: BLE001 - a network may raise anything; raised or recorded below
-                if isinstance(cause, OutOfMemory) and self._can_halve(size, block.select(IMAGE_SIZE).filter(is_left)):
+                lacks_memory = isinstance(cause, OutOfMemory)
+                if self._is_fixed and lacks_memory and size > 1:
                     self._halve(size)
                     continue
                 if self._is_fixed or _is_of_device(cause):
                     _give_up(cause, block.select(IMAGE_SIZE).filter(is_left))
                 failure = cause
                 traceback.clear_frames(cause.__traceback__)  # which hold what the device has computed of the image
-                if one is not None:
+                if one is not None and lacks_memory and len(one[1]) > 1:
+                    self._halve(size, one[1])
+                elif one is not None:
                     refused.update(dict.fromkeys(one[0].tolist(), _size_refused(cause)))
                     is_left[one[0]] = False
                     self._fits = self._most  # there may be room for the others
@@ -207,19 +209,17 @@ class ResNetPredictor:
         columns = zip(*(results for _, results in found), strict=True)
         return Results(*(np.concatenate(column)[order] for column in columns)), refused
 
-    def _can_halve(self, size: int, images: pa.Table) -> bool:
-        """Whether some batch of these images holds more than one."""
-        widths, heights = (images[name].to_numpy() for name in IMAGE_SIZE)
-        return self._images_at_once(size)(int((widths * heights).min()), 1) > 1
-
-    def _halve(self, size: int) -> None:
-        """Go on with batches of half this size."""
-        if self._fits == size:  # else another thread met with the same
-            self._fits = size // 2
-            log.warning(
-                "out of device memory with batches of %d: going on with %s. Set runtime.batch_size",
-                *(size, size // 2 or "one image after the other"),
-            )
+    def _halve(self, size: int, failed: PixelBatch | None = None) -> None:
+        """Go on with half the batch size, or with less: what fails with few tiny images is divided, too."""
+        if self._fits != size:  # another thread met with the same
+            return
+        self._fits = size // 2
+        while failed is not None and self._images_at_once(self._fits)(*failed.shape[1:3]) > len(failed) // 2:
+            self._fits //= 2
+        log.warning(
+            "out of device memory with batches of %d: going on with %s. Set runtime.batch_size",
+            *(size, self._fits or "one image after the other"),
+        )
 
     def _images_at_once(self, batch_size: int) -> Callable[[int, int], int]:
         if self._is_fixed:
@@ -258,18 +258,7 @@ def _work(block: pa.Table) -> str:
     return f"predict {first}:{at} to {last}:{end}, {block.num_rows} rows"
 
 
-def images_at_once(batch_size: int, height: int, width: int) -> int:
-    """How many images of this size make a batch where they come in sizes of their own: at the most as many pixels as
-    `batch_size` images of 224 x 224 have, but at least one image.
-
-    What pads a batch takes as long as images do, and images of many sizes fill none. Like this it takes no longer than
-    those pixels, and photographs on a CPU, which computes one of them about as fast as many, need none, while tiny
-    images, which are many times as fast together, share a batch. No row depends on its neighbours: only sizes count.
-    """
-    return min(max(batch_size * USUAL_PIXELS // (height * width), 1), max(batch_size, MOST_OF_ONE_SIZE))
-
-
-def batches(block: pa.Table, rows: np.ndarray, images_at_once: Callable[[int, int], int]) -> Iterator[Batch]:
+def batches(block: pa.Table, rows: np.ndarray, at_once: Callable[[int, int], int]) -> Iterator[Batch]:
     """These rows with their pixels, uint8 (B, H, W, 3), images of one size together; of its height and width follows B.
 
     A batch that lies in one piece in the block is a view of it; others are gathered and padded with zeros.
@@ -279,7 +268,7 @@ def batches(block: pa.Table, rows: np.ndarray, images_at_once: Callable[[int, in
     sizes = np.stack([heights[rows], widths[rows]], axis=1).astype(np.int64)
     for size in np.unique(sizes, axis=0):
         same, (height, width) = rows[(sizes == size).all(axis=1)], (int(size[0]), int(size[1]))
-        batch_size = images_at_once(height, width)
+        batch_size = at_once(height, width)
         for start in range(0, len(same), batch_size):
             chosen = same[start : start + batch_size]
             yield chosen, images.batch(chosen, (height, width, 3), batch_size)

@@ -21,17 +21,14 @@ from torch import Tensor, nn
 from pipeline.config import digest
 from pipeline.errors import ConfigError, FatalError, PipelineError, clean
 from pipeline.model.cache import cache_directory, lock
-from pipeline.model.engines import OutOfMemory, Outputs, PixelBatch, num_cores
+from pipeline.model.engines import ROWS, OutOfMemory, Outputs, PixelBatch, num_cores
 from pipeline.model.network import Network
 from pipeline.model.spec import ModelSpec
+from pipeline.model.tuning import images_at_once
 from pipeline.model.zoo import build, cache_key
 from pipeline.rows import Columns
 
-# Matrix products of an odd number of rows are cut unevenly among threads, and a row's last bits then depend on
-# where it lies: seen with MKL for 5 to 7 and 9 to 11 rows, never for up to 4 or for a multiple of 8.
-ROWS = 8
-
-WARM_UP_SIZE = 64  # pixels, where images come in sizes of their own
+PHOTOGRAPH = (384, 512)  # height and width, where images come in sizes of their own; not square: that would be a rule
 
 log = logging.getLogger(__name__)
 
@@ -163,20 +160,22 @@ def _as_it_is(spec: ModelSpec, device: str, dtype: torch.dtype | None, side: int
 
 
 def load_compiled(spec: ModelSpec, device: str, batch_size: int, threads: int | None) -> TorchEngine:
-    """The network compiled for one batch size, and for one image size where the transform sets it.
+    """The network compiled for one batch size and one image size; where the transform sets none, for photographs.
 
-    Compiles before it returns, or loads what this node has compiled before. Raises ConfigError if that fails, for want
-    of a C++ compiler or Triton for example.
+    Compiles before it returns, or loads what this node has compiled before; images of their own sizes that are much
+    smaller, or as many more at once, are compiled for as they come, some times in all.
+
+    Raises ConfigError if that fails, for want of a C++ compiler or Triton for example.
     """
     eager = load_eager(spec, device, threads)
     size = spec.input_size
     compiled = torch.compile(eager.forward, dynamic=size is None, options=compile_options(device, size))
     engine = TorchEngine(compiled, eager.device, eager.dtype)
-    side = size or WARM_UP_SIZE
+    shape = (batch_size, size, size) if size else (images_at_once(batch_size, *PHOTOGRAPH), *PHOTOGRAPH)
     key = cache_key(spec, "torch", "torchvision") if size is not None else None
     try:
         with memory_errors(), _compiler_cache(None if key is None else digest([key, device, batch_size], 32)):
-            pixels = np.zeros((batch_size, side, side, 3), np.uint8)
+            pixels = np.zeros((*shape, 3), np.uint8)
             if eager.device.type == "cpu":
                 engine(pixels)
             else:  # as `transfer.py` calls it, with exactly that shape; and once more, so that a graph is recorded

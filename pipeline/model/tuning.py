@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.config import digest
 from pipeline.model.cache import keep, recall
-from pipeline.model.engines import Engine, OutOfMemory, load_engine, num_cores
+from pipeline.model.engines import ROWS, Engine, OutOfMemory, load_engine, num_cores
 from pipeline.model.spec import ModelInfo, ModelSpec
 from pipeline.model.zoo import cache_key
 
@@ -21,7 +21,9 @@ log = logging.getLogger(__name__)
 
 CANDIDATES = {"cpu": (8, 32), "cuda": (32, 64, 128, 256, 512)}  # images
 UNMEASURED = {"cpu": 32, "cuda": 256}  # where nothing is computed
-OWN_SIZES = {"cpu": 1, "cuda": 16}  # where images have their own sizes: see `predictor.images_at_once`
+OWN_SIZES = {"cpu": 1, "cuda": 16}  # where images have their own sizes: see `images_at_once`
+USUAL_PIXELS = 224 * 224
+MOST_OF_ONE_SIZE = 64  # tiny images that share a batch
 ENOUGH = 0.97  # of the best rate: beyond that a larger batch costs memory and latency for nothing
 SECONDS = 0.4  # for each candidate
 LONGEST = 0.5  # seconds that a batch may take: what a call costs besides its images is nothing to that
@@ -55,6 +57,18 @@ def remembered_batch_size(spec: ModelSpec, engine: str, device: str) -> int | No
 def _key(spec: ModelSpec, engine: str, device: str) -> str | None:
     key = cache_key(spec, "torch", "openvino") if engine == "openvino" else cache_key(spec, "torch")
     return key and digest([key, engine, _hardware(device)], 32)
+
+
+def images_at_once(batch_size: int, height: int, width: int) -> int:
+    """How many images of this size make a batch where they come in sizes of their own: at the most as many pixels as
+    `batch_size` images of 224 x 224 have, but at least one image.
+
+    What pads a batch takes as long as images do, and images of many sizes fill none. Like this it takes no longer than
+    those pixels, and photographs on a CPU, which computes one of them about as fast as many, need none, while tiny
+    images, which are many times as fast together, share a batch. No row depends on its neighbours: only sizes count.
+    """
+    images = min(max(batch_size * USUAL_PIXELS // (height * width), 1), max(batch_size, MOST_OF_ONE_SIZE))
+    return next(step * (images // step) for step in (ROWS, ROWS // 2, 1) if images >= step)
 
 
 def knee(curve: Mapping[int, float], device: str) -> int:
@@ -129,4 +143,5 @@ def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
         first = cpuinfo.read_text().partition("\n\n")[0]
     except OSError:  # another system
         return [platform.processor() or platform.machine()]
-    return [line for line in first.splitlines() if line.startswith(("model name", "flags", "CPU ", "Features"))]
+    found = [line for line in first.splitlines() if line.startswith(("model name", "flags", "CPU ", "Features"))]
+    return found or [platform.machine()]

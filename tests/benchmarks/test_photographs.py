@@ -40,7 +40,12 @@ def test_images_come_in_the_order_of_their_names(tmp_path: Path) -> None:
     assert [path.name for path in images_in(tmp_path, (".png",))] == ["d.png"]
 
 
-SENTENCES = {"missing": "is no folder", "empty": "folder|no images", "one": "photograph", "turned": "on its side"}
+SENTENCES = {
+    "missing": "is no folder",
+    "empty": "folder|no images",
+    "one": "one photograph only|too few to show anything",
+    "turned": "on its side",
+}
 
 
 @pytest.mark.parametrize(

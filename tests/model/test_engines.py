@@ -157,6 +157,30 @@ def test_without_a_size_every_size_is_taken(load: Load, name: str):
     assert first[0] == first[3]
 
 
+@pytest.mark.slow
+def test_what_is_compiled_takes_photographs_of_any_size(load: Load):
+    engine = load("compile", batch_size=1, crop=None)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for height, width in ((375, 500), (500, 333), (400, 400), (600, 800)):
+            engine(np.zeros((1, height, width, 3), np.uint8))
+
+
+@pytest.mark.parametrize("name", ["eager", "openvino"])
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 48])
+def test_among_images_of_their_own_size_a_row_does_not_depend_on_its_neighbours(load: Load, name: str, batch_size: int):
+    engine = load(name, batch_size=1, crop=None)
+    for height, width in ((SIZE, SIZE), (90, 61)):
+        pixels = np.resize(photographs()[:, :height, :width], (batch_size, height, width, 3))
+        expected = engine(pixels)
+        for place in {0, batch_size // 2, batch_size - 1}:
+            moved = np.roll(pixels, place, axis=0)
+            black = np.zeros_like(moved)
+            black[place] = moved[place]
+            for found, lone, rows in zip(engine(moved), engine(black), expected, strict=True):
+                assert np.roll(found, -place, axis=0).tobytes() == rows.tobytes()
+                assert lone[place].tobytes() == rows[0].tobytes()
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_pixels_may_be_read_only_and_results_are_the_callers(load: Load, name: str):
     engine = load(name)

@@ -22,9 +22,9 @@ from pipeline.errors import FatalError
 from pipeline.inputs.stream import pixel_blocks
 from pipeline.model import predictor as module
 from pipeline.model.engines import OutOfMemory
-from pipeline.model.predictor import PredictorSettings, ResNetPredictor, images_at_once
-from pipeline.model.spec import ModelInfo, make_spec
-from pipeline.model.tuning import OWN_SIZES
+from pipeline.model.predictor import PredictorSettings, ResNetPredictor
+from pipeline.model.spec import ModelInfo, ModelSpec, make_spec
+from pipeline.model.tuning import MOST_OF_ONE_SIZE, OWN_SIZES, USUAL_PIXELS, images_at_once
 from pipeline.rows import Columns, Kind, Row
 from tests.model.helpers import make_job
 from tests.test_deaths import Died, Machine
@@ -33,7 +33,8 @@ BATCH = 4
 SIDE = 8
 TRANSFORM = Transform(resize=None, crop=None)
 COLUMNS = Columns(top_k=2, embedding_dtype="float32", embedding_dim=2)
-SPEC = replace(make_spec(make_job(engine="noop")), transform=TRANSFORM)
+OWN_SIZED = replace(make_spec(make_job(engine="noop")), transform=TRANSFORM)
+SPEC = replace(OWN_SIZED, transform=Transform(resize=None, crop=SIDE))
 INFO = ModelInfo(3, ("a", "b", "c"), 2)
 ADDED = 255  # the colour of poison
 
@@ -63,13 +64,18 @@ class Computing:
 
 
 def load(
-    monkeypatch: pytest.MonkeyPatch, engine: Any, notes: Notes | None = None, decode: Any = None, streams: int = 1
+    monkeypatch: pytest.MonkeyPatch,
+    engine: Any,
+    notes: Notes | None = None,
+    decode: Any = None,
+    streams: int = 1,
+    *,
+    spec: ModelSpec = SPEC,
+    batch_size: int = BATCH,
 ) -> ResNetPredictor:
-    """A predictor over an engine that a test brings along, with images of a usual size."""
-    monkeypatch.setattr(module, "USUAL_PIXELS", SIDE * SIDE)
-    monkeypatch.setattr(module, "MOST_OF_ONE_SIZE", 1)
+    """A predictor over an engine that a test brings along."""
     monkeypatch.setattr(module, "load_engine", lambda *_: Computing(engine, streams))
-    return ResNetPredictor(SPEC, INFO, PredictorSettings("eager", "cpu", BATCH, COLUMNS), notes, decode)
+    return ResNetPredictor(spec, INFO, PredictorSettings("eager", "cpu", batch_size, COLUMNS), notes, decode)
 
 
 def with_kinds(block: pa.Table, before: Kind, after: Kind) -> pa.Table:
@@ -183,14 +189,8 @@ def test_a_device_that_is_too_small_gets_smaller_batches(
 @given(st.integers(0, 512), st.integers(1, 5000), st.integers(1, 5000))
 def test_what_pads_a_batch_of_images_of_their_own_size_is_bounded(batch_size: int, height: int, width: int) -> None:
     images = images_at_once(batch_size, height, width)
-    assert 1 <= images <= max(batch_size, module.MOST_OF_ONE_SIZE)
-    assert images == 1 or images * height * width <= batch_size * module.USUAL_PIXELS
-
-
-def computing(compute: Callable[[np.ndarray], Any], monkeypatch: pytest.MonkeyPatch) -> ResNetPredictor:
-    """With the batch size that a CPU has for images of their own sizes."""
-    monkeypatch.setattr(module, "load_engine", lambda *_: Computing(compute))
-    return ResNetPredictor(SPEC, INFO, PredictorSettings("eager", "cpu", OWN_SIZES["cpu"], COLUMNS))
+    assert 1 <= images <= max(batch_size, MOST_OF_ONE_SIZE)
+    assert images == 1 or images * height * width <= batch_size * USUAL_PIXELS
 
 
 def test_tiny_images_share_a_batch_and_photographs_are_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,24 +200,58 @@ def test_tiny_images_share_a_batch_and_photographs_are_not_padded(monkeypatch: p
         shapes.append(pixels.shape[:2])
         return colour_engine(pixels)
 
-    predictor = computing(engine, monkeypatch)
+    predictor = load(monkeypatch, engine, spec=OWN_SIZED, batch_size=OWN_SIZES["cpu"])
     alone = {side: by_index(predictor(block_of([7], side=side)))[Kind.SAMPLE, 0] for side in (32, 160)}
-    assert shapes == [(49, 32), (1, 160)]
+    assert shapes == [(48, 32), (1, 160)]
     shapes.clear()
     for side in (32, 160):
         found = by_index(predictor(block_of([7] * 50, side=side)))
         assert all(found[Kind.SAMPLE, place]["score"] == alone[side]["score"] for place in range(50))
-    assert shapes == [(49, 32)] * 2 + [(1, 160)] * 50, "a batch's size depends on nothing but that of the images"
+    assert shapes == [(48, 32)] * 2 + [(1, 160)] * 50, "a batch's size depends on nothing but that of the images"
 
 
-def test_tiny_images_that_have_no_room_together_are_computed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("batch_size", "room", "asked"), [(1, 1, [64, 64, 1]), (16, 40, [64, 64, 24])])
+def test_tiny_images_that_have_no_room_together_are_computed_in_smaller_batches(
+    batch_size: int, room: int, asked: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of 40 x 40 pixels: it is not tried in vain with the same number, and said once."""
+    sizes: list[int] = []
+
     def engine(pixels: np.ndarray) -> Any:
-        if len(pixels) > 1:
+        sizes.append(len(pixels))
+        if len(pixels) > room:
             raise OutOfMemory("CUDA out of memory")
         return colour_engine(pixels)
 
-    found = by_index(computing(engine, monkeypatch)(block_of([1] * 70)))
+    side = 40 if batch_size == 16 else SIDE
+    predictor = load(monkeypatch, engine, spec=OWN_SIZED, batch_size=batch_size)
+    found = by_index(predictor(block_of([1] * 70, side=side)))
     assert [found[Kind.SAMPLE, place]["class_id"] for place in range(70)] == [0] * 70
+    assert sizes[:3] == asked
+    assert set(sizes[2:]) == {asked[2]}
+    assert len(caplog.records) == 1
+
+
+def test_an_image_that_has_no_room_makes_no_other_batch_smaller(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def engine(pixels: np.ndarray) -> Any:
+        shapes.append(pixels.shape[:2])
+        if pixels.shape[1] == 1000:
+            raise OutOfMemory("CUDA out of memory")
+        return colour_engine(pixels)
+
+    large = block_of([2], side=1000)
+    block = pa.concat_tables([large.set_column(2, "index", pc.add(large["index"], 100)), block_of([1] * 9, side=32)])
+    predictor = load(monkeypatch, engine, spec=OWN_SIZED, batch_size=16)
+    found = by_index(predictor(block))
+    assert found[Kind.ERROR, 100]["error"] == "too_large"
+    assert all((Kind.SAMPLE, place) in found for place in range(9))
+    assert sorted(set(shapes)) == [(1, 1000), (64, 32)]
+    assert shapes.count((1, 1000)) <= 2
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize("room", [2, 0])
@@ -304,7 +338,11 @@ def test_an_image_of_a_size_that_the_network_does_not_take_is_an_error_row(
         made.set_column(2, "index", pc.add(made["index"], first))
         for first, made in ((0, block_of([1, 2, 3])), (10, block_of([4, 5], side=12)), (20, block_of([6])))
     )
-    rows = {row["index"]: row for row in load(monkeypatch, engine)(block).to_pylist() if row["kind"] != Kind.END}
+    rows = {
+        row["index"]: row
+        for row in load(monkeypatch, engine, spec=OWN_SIZED)(block).to_pylist()
+        if row["kind"] != Kind.END
+    }
     assert {index for index, row in rows.items() if row["error"] == error} == {10, 11}
     assert {index for index, row in rows.items() if row["class_id"] is not None} == {0, 1, 2, 20}
 
@@ -326,7 +364,7 @@ def test_an_image_that_comes_first_is_blamed_where_noise_of_a_usual_size_goes_we
             raise failure
         return colour_engine(pixels)
 
-    predictor = load(monkeypatch, engine)
+    predictor = load(monkeypatch, engine, spec=OWN_SIZED)
     for _ in range(2):
         found = by_index(predictor(block_of([4, 5], side=12)))
         assert [found[Kind.ERROR, place]["error"] for place in (0, 1)] == [error] * 2
@@ -344,7 +382,7 @@ def test_a_device_that_fails_with_noise_is_not_blamed_on_the_first_image(monkeyp
 
     notes = Killed(0)
     with pytest.raises(torch.AcceleratorError):
-        load(monkeypatch, engine, notes)(block_of([1], side=12))
+        load(monkeypatch, engine, notes, spec=OWN_SIZED)(block_of([1], side=12))
     assert notes.reasons == ["CUDA error: an illegal memory access was encountered"]
 
 
@@ -371,9 +409,9 @@ def test_a_network_that_fails_with_all_images_ends_the_run_with_a_sentence(
     def engine(pixels: np.ndarray) -> Any:
         raise RuntimeError("mat1 and mat2 cannot be multiplied")
 
-    monkeypatch.setattr("tests.model.test_predictor.SPEC", replace(SPEC, transform=Transform(resize=None, crop=crop)))
+    spec = replace(SPEC, transform=Transform(resize=None, crop=crop))
     with pytest.raises(FatalError, match=r"fails with images of 8 x 8 pixels: mat1 and mat2 .*Set model\.transform"):
-        load(monkeypatch, engine)(block_of([1] * (BATCH + 1)))
+        load(monkeypatch, engine, spec=spec)(block_of([1] * (BATCH + 1)))
 
 
 @pytest.mark.parametrize(
