@@ -94,14 +94,12 @@ def find_engine(requested: str, device: str, spec: ModelSpec) -> str:
     return engine
 
 
-def load_engine(
-    name: str, spec: ModelSpec, info: ModelInfo, device: str, batch_size: int, threads: int | None = None
-) -> Engine:
+def load_engine(name: str, spec: ModelSpec, info: ModelInfo, device: str, batch_size: int) -> Engine:
     """The engine `name` (not auto) with the model on `device`, for batches of exactly `batch_size` images, or of
     any number where they come in sizes of their own.
 
-    `threads` on a CPU: all cores of this node unless given. Raises ConfigError where this node can't offer the
-    engine or the device, and what `zoo.build` raises.
+    On a CPU it takes all cores of this node. Raises ConfigError where this node can't offer the engine or the device,
+    and what `zoo.build` raises.
     """
     if name == "noop":
         return Noop(info)
@@ -111,15 +109,15 @@ def load_engine(
     if name == "openvino":
         from pipeline.model.openvino_engine import load_openvino
 
-        return load_openvino(spec, batch_size, threads)
+        return load_openvino(spec, batch_size)
     if name == "eager":
         from pipeline.model.torch_engine import load_eager
 
-        return load_eager(spec, device, threads)
+        return load_eager(spec, device)
     if name == "compile":
         from pipeline.model.torch_engine import load_compiled
 
-        return load_compiled(spec, device, batch_size, threads)
+        return load_compiled(spec, device, batch_size)
     raise ConfigError(f"runtime.engine: there is no engine {name!r}. Use eager, compile, openvino or noop.")
 
 

@@ -67,8 +67,8 @@ class OpenVinoEngine:
             self._idle.put(request)
 
 
-def load_openvino(spec: ModelSpec, batch_size: int, threads: int | None) -> OpenVinoEngine:
-    """The network compiled for this CPU, with all its cores unless `threads` says otherwise.
+def load_openvino(spec: ModelSpec, batch_size: int) -> OpenVinoEngine:
+    """The network compiled for this CPU, with all its cores.
 
     Raises ConfigError where OpenVINO is not installed, does not know the network's operations, or the CPU does not
     compute in the precision, or for int8 without a calibrated network; else what `zoo.build` raises.
@@ -82,7 +82,7 @@ def load_openvino(spec: ModelSpec, batch_size: int, threads: int | None) -> Open
     network = converted(spec) if spec.quantised is None else _stored(spec.quantised)
     side = spec.input_size
     network.reshape([batch_size, side, side, 3] if side else [-1, -1, -1, 3])
-    threads = threads or num_cores()
+    threads = num_cores()
     streams = num_streams(threads, batch_size, spec.input_size)
     return OpenVinoEngine(compiled(network, PRECISIONS[spec.precision], threads, streams))
 

@@ -106,18 +106,18 @@ def results_of(logits: Tensor, embeddings: Tensor, columns: Columns) -> tuple[Te
     return scores, ids, stored, is_finite
 
 
-def load_eager(spec: ModelSpec, device: str, threads: int | None) -> TorchEngine:
+def load_eager(spec: ModelSpec, device: str) -> TorchEngine:
     """The network in channels_last, or as it is where it does not run so, which is said.
 
     Sets threads, and through `build` arithmetic, which torch keeps per process.
     """
-    _prepare(device, threads)
+    _prepare(device)
     dtype = DTYPES.get(spec.precision)
     if device == "cuda" and dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError(
             f"model.precision: {torch.cuda.get_device_name()} has no bfloat16, and would be slow at it. Use float16."
         )
-    network = _built(spec, device, threads)
+    network = _built(spec, device)
     side = network.head.input_size
     try:
         with memory_errors():
@@ -133,7 +133,7 @@ def load_eager(spec: ModelSpec, device: str, threads: int | None) -> TorchEngine
         if _is_of_device(cause):
             raise
         log.warning("%s is computed as it is, which may be slower than in channels_last: %s", spec.name, clean(cause))
-        engine = _as_it_is(spec, device, dtype, side, threads)
+        engine = _as_it_is(spec, device, dtype, side)
     return engine
 
 
@@ -142,10 +142,10 @@ def _is_of_device(cause: Exception) -> bool:
     return isinstance(cause, torch.AcceleratorError) and "no kernel image" not in str(cause)
 
 
-def _as_it_is(spec: ModelSpec, device: str, dtype: torch.dtype | None, side: int, threads: int | None) -> TorchEngine:
+def _as_it_is(spec: ModelSpec, device: str, dtype: torch.dtype | None, side: int) -> TorchEngine:
     try:
         with memory_errors():
-            engine = TorchEngine(_built(spec, device, threads).to(device), torch.device(device), dtype)
+            engine = TorchEngine(_built(spec, device).to(device), torch.device(device), dtype)
         engine(np.zeros((2, side, side, 3), np.uint8))
     except (OutOfMemory, PipelineError):
         raise
@@ -159,7 +159,7 @@ def _as_it_is(spec: ModelSpec, device: str, dtype: torch.dtype | None, side: int
     return engine
 
 
-def load_compiled(spec: ModelSpec, device: str, batch_size: int, threads: int | None) -> TorchEngine:
+def load_compiled(spec: ModelSpec, device: str, batch_size: int) -> TorchEngine:
     """The network compiled for one batch size and one image size; where the transform sets none, for photographs.
 
     Compiles before it returns, or loads what this node has compiled before; images of their own sizes that are much
@@ -167,7 +167,7 @@ def load_compiled(spec: ModelSpec, device: str, batch_size: int, threads: int | 
 
     Raises ConfigError if that fails, for want of a C++ compiler or Triton for example.
     """
-    eager = load_eager(spec, device, threads)
+    eager = load_eager(spec, device)
     size = spec.input_size
     compiled = torch.compile(eager.forward, dynamic=size is None, options=compile_options(device, size))
     engine = TorchEngine(compiled, eager.device, eager.dtype)
@@ -227,9 +227,9 @@ def compile_options(device: str, size: int | None) -> dict[str, Any]:
     return {"freezing": True, "triton.cudagraphs": device == "cuda" and size is not None}
 
 
-def _built(spec: ModelSpec, device: str, threads: int | None) -> Network:
+def _built(spec: ModelSpec, device: str) -> Network:
     network = build(spec)
-    _prepare(device, threads)  # again: its own code may set a number of threads
+    _prepare(device)  # again: its own code may set a number of threads
     return network
 
 
@@ -244,7 +244,7 @@ def _convert_weights(network: nn.Module, dtype: torch.dtype) -> None:
             module.to(dtype)
 
 
-def _prepare(device: str, threads: int | None) -> None:
+def _prepare(device: str) -> None:
     """Threads; ConfigError where there is no such device."""
     if torch.device(device).type == "cuda":
         if not torch.cuda.is_available():
@@ -252,4 +252,4 @@ def _prepare(device: str, threads: int | None) -> None:
                 "runtime.device: there is no CUDA device here that torch can use. Use runtime.device=cpu."
             )
     else:
-        torch.set_num_threads(threads or num_cores())
+        torch.set_num_threads(num_cores())

@@ -334,7 +334,7 @@ def test_what_a_networks_code_sets_for_training_does_not_hold_for_its_results(cu
     spec = custom(textwrap.dedent(text) + FUNCTIONAL, "net:make")
     info = resolve(spec)
     for engine in ("openvino", "eager"):  # which is what compile begins with
-        load_engine(engine, spec, info, "cpu", 3, threads=2)
+        load_engine(engine, spec, info, "cpu", 3)
         cudnn = torch.backends.cudnn
         assert engine == "openvino" or torch.get_num_threads() == 2
         assert torch.get_float32_matmul_precision() == "highest"

@@ -56,7 +56,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
         spec = make_spec(make_job(name="resnet18", weights=str(path), precision=precision, transform=transform))
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("RESNET_BATCH_CACHE", str(folder / "cache"))  # one for all, so that it is converted once
-            return load_engine(name, spec, resolve(spec), "cpu", batch_size, threads=2)
+            return load_engine(name, spec, resolve(spec), "cpu", batch_size)
 
     return load
 
@@ -215,7 +215,7 @@ def test_blocks_of_any_length_do_not_compile_again(load: Load, monkeypatch: pyte
 
 def test_weights_converted_once_give_what_autocast_gives(checkpoint: Path):
     spec = make_spec(make_job(name="resnet18", weights=str(checkpoint), precision="bfloat16"))
-    converted = load_engine("eager", spec, resolve(spec), "cpu", 8, threads=2)
+    converted = load_engine("eager", spec, resolve(spec), "cpu", 8)
     assert isinstance(converted, TorchEngine)
     assert {p.dtype for p in converted.forward.parameters()} == {torch.bfloat16, torch.float32}  # of batch norm
     plain = TorchEngine(build(spec).to(memory_format=torch.channels_last), torch.device("cpu"), torch.bfloat16)
@@ -249,7 +249,7 @@ from pipeline.config import make_config
 from pipeline.model.engines import load_engine
 from pipeline.model.spec import ModelInfo, make_spec
 spec = make_spec(make_config(json.loads(sys.argv[1])))
-engine = load_engine("openvino", spec, ModelInfo(40, None, 512), "cpu", 4, 2)
+engine = load_engine("openvino", spec, ModelInfo(40, None, 512), "cpu", 4)
 logits, embeddings = engine(np.load(sys.argv[2]))
 print(hashlib.sha256(logits.tobytes() + embeddings.tobytes()).hexdigest(), "torch" in sys.modules)
 """

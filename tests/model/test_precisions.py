@@ -52,7 +52,7 @@ def calibrated(darkened_by: int = 1) -> bytes:
 
 
 def load(spec: ModelSpec, batch_size: int = BATCH_SIZE) -> Engine:
-    return load_engine("openvino", spec, resolve(spec), "cpu", batch_size, threads=2)
+    return load_engine("openvino", spec, resolve(spec), "cpu", batch_size)
 
 
 def results(engine: Engine, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -142,7 +142,7 @@ from pathlib import Path
 import numpy as np
 from pipeline.model.engines import load_engine
 spec, info = pickle.loads(Path(sys.argv[1]).read_bytes())
-logits, embeddings = load_engine("openvino", spec, info, "cpu", 16, 2)(np.load(sys.argv[2]))
+logits, embeddings = load_engine("openvino", spec, info, "cpu", 16)(np.load(sys.argv[2]))
 print(hashlib.sha256(logits.tobytes() + embeddings.tobytes()).hexdigest(), {{"torch", "nncf"}} & set(sys.modules))
 """
 CALIBRATE = f"""{WATCH}

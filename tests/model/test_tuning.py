@@ -79,8 +79,8 @@ def test_what_the_device_has_no_memory_for_is_not_chosen(tmp_path: Path, monkeyp
     monkeypatch.setattr(tuning, "SECONDS", 0.02)
     room = 16
 
-    def load(name, spec, info, device, batch_size, threads=None):
-        engine = load_engine(name, spec, info, device, batch_size, threads)
+    def load(name, spec, info, device, batch_size):
+        engine = load_engine(name, spec, info, device, batch_size)
 
         def limited(pixels):
             if len(pixels) > room:
