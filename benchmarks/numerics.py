@@ -83,7 +83,7 @@ def measure(arm: tuple[str, str, Precision], network: str, weights: Path, pixels
     padded = np.concatenate([pixels, pixels[: -len(pixels) % BATCH_SIZE]])
     parts = [engine(padded[start : start + BATCH_SIZE]) for start in range(0, len(padded), BATCH_SIZE)]
     logits, embeddings = (np.concatenate(rows)[: len(pixels)] for rows in zip(*parts, strict=True))
-    return logits, embeddings, measure_rate(engine, spec, BATCH_SIZE, SECONDS)
+    return logits, embeddings, measure_rate(engine, spec, device, BATCH_SIZE, SECONDS)
 
 
 def row(arm: tuple[str, str, Precision], network: str, found: Results, reference: Results) -> str:

@@ -70,10 +70,14 @@ def _rows_at_once(job: Job, has_few_shards: bool) -> int | None:
     block as it comes.
 
     Where blocks may hold less than a batch, the rest of it would be padding. With a shard or more for each core blocks
-    are full, but at the end of a task: a CPU, whose first rows would come late, takes them as they are.
+    are full, but at the end of a task: a CPU, whose first rows would come late, takes them as they are. Encoded images
+    of some megabytes come a few in a block.
     """
-    holds_pixels = job.spec.input_size is not None and job.decoder is None  # else rows may be of any size
-    return job.rows_per_block if holds_pixels and (has_few_shards or job.num_gpus) else None
+    if job.spec.input_size is None:  # any of them may be large, and each fills a batch of its own
+        return None
+    if job.decoder is not None:
+        return job.settings.batch_size
+    return job.rows_per_block if has_few_shards or job.num_gpus else None
 
 
 def execute(dataset: Dataset) -> tuple[Iterator[Any], Callable[[], None]]:

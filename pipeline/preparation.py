@@ -123,6 +123,8 @@ def prepare(
     actors = config.runtime.actors
     if actors == "auto":
         actors = cluster.num_gpus if num_gpus else cluster.num_nodes
+    elif num_gpus and actors > cluster.num_gpus:
+        log.warning("runtime.actors: of %d actors only %d have a GPU now; the others wait", actors, cluster.num_gpus)
     return Job(config, spec, info, settings, actors, num_gpus)
 
 

@@ -8,6 +8,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib import import_module
@@ -32,6 +33,7 @@ from pipeline.inputs.shards import Shard
 from pipeline.inputs.stream import pixel_blocks, read_rows
 from pipeline.inputs.tars import TAR_BUFFER
 from pipeline.model.predictor import ResNetPredictor
+from pipeline.model.results import CALLS
 from pipeline.model.spec import ModelSpec
 from pipeline.outputs.dataset import Dataset
 from pipeline.outputs.schema import Footer, part_schema, write_parquet
@@ -290,14 +292,15 @@ def _time_predictor(blocks: list[pa.Table], job: Job) -> tuple[float, float, flo
     predictor(block.slice(0, size))  # warm
     warm = time.perf_counter()
     predictor(block.slice(0, size))
-    batches = max(round(PREDICT_SECONDS / (time.perf_counter() - warm)), min_batches)
+    batches = max(round(PREDICT_SECONDS / CALLS / (time.perf_counter() - warm)), min_batches)
     rows, filled = full_batches(min(block.num_rows, batches * size), size)
     filled = filled if job.spec.input_size is not None else 1.0  # else a batch of each size is padded, as in a run
     images, predicted, started = 0, 0, time.perf_counter()
-    while images == 0 or time.perf_counter() - started < PREDICT_SECONDS:
-        pieces = predictor(block.slice(0, rows))
-        images += pieces.num_rows
-        predicted += pc.sum(pc.equal(pieces["kind"], Kind.SAMPLE)).as_py()
+    with ThreadPoolExecutor(CALLS) as threads:  # as in a run
+        while images == 0 or time.perf_counter() - started < PREDICT_SECONDS:
+            for pieces in threads.map(predictor, [block.slice(0, rows)] * CALLS):
+                images += pieces.num_rows
+                predicted += pc.sum(pc.equal(pieces["kind"], Kind.SAMPLE)).as_py()
     seconds = time.perf_counter() - started
     if not predicted:
         return None

@@ -252,8 +252,11 @@ def test_seconds_per_image_are_those_of_full_batches(
     monkeypatch.setattr(sampling, "ResNetPredictor", Slow)
     monkeypatch.setattr(sampling, "PREDICT_SECONDS", 0.0)
     found = sampling._time_predictor([sampling._read_and_decode(shards, job, images, 10**9).block], job)
-    assert predicted == [min(images, 8), min(images, 8), timed], "a batch to warm up, one to see how many to time"
-    assert seconds <= found[0] < 1.8 * seconds
+    assert predicted == [min(images, 8), min(images, 8), timed, timed], (
+        "a batch to warm up, one to see how many to time"
+    )
+    assert found is not None
+    assert seconds <= 2 * found[0] < 1.8 * seconds, "two calls at once, as in a run"
 
 
 def test_images_of_their_own_sizes_are_timed_in_any_order_and_those_that_fail_are_counted(
@@ -284,7 +287,7 @@ def test_images_of_their_own_sizes_are_timed_in_any_order_and_those_that_fail_ar
     assert min(timed) < 20, "of all blocks"
     assert max(timed) > 43
     assert share == sum(n % 2 == 0 for n in timed) / len(timed)
-    assert 0.02 <= seconds * share < 0.04
+    assert 0.01 <= seconds * share < 0.02, "two calls at once"
 
 
 def test_what_starts_a_reader_reads_no_more_than_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import sys
@@ -27,6 +28,7 @@ from pipeline.timing import Busy
 
 IMAGE_SIZE = ["pixel_width", "pixel_height"]
 
+NOT_SUPPORTED = "STATUS_NOT_SUPPORTED"  # what cuDNN says of an image's size
 DEVICE_ERROR = re.compile("cuda|cudnn|cublas|accelerator", re.IGNORECASE)
 
 log = logging.getLogger(__name__)
@@ -85,6 +87,7 @@ class ResNetPredictor:
             except OutOfMemory:
                 if size == 1 or self._settings.engine != "compile":  # which computes a whole batch beforehand
                     raise
+            gc.collect()  # a network refers to itself, and its memory is wanted now
             self._halve(size)
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -317,7 +320,8 @@ def _is_lasting(cause: Exception) -> bool:
 
 def _is_of_device(cause: Exception) -> bool:
     """Whether it is a GPU that is in trouble, whatever the image."""
-    return not isinstance(cause, OutOfMemory) and bool(DEVICE_ERROR.search(f"{type(cause).__name__}: {cause}"))
+    said = f"{type(cause).__name__}: {cause}"
+    return not isinstance(cause, OutOfMemory) and bool(DEVICE_ERROR.search(said)) and NOT_SUPPORTED not in said
 
 
 def _give_up(cause: Exception, images: pa.Table) -> NoReturn:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 
 from pipeline.config import digest
 from pipeline.errors import ConfigError, FatalError, PipelineError, clean
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 # What CUDA's libraries say where there is no memory for their own use.
 NO_MEMORY = re.compile(
     "unable to find an engine to execute|STATUS_ALLOC_FAILED|ALLOCATOR_FAIL|CUBLAS_STATUS_NOT_INITIALIZED"
-    "|CUDA error: out of memory"
+    "|CUDNN_STATUS_NOT_INITIALIZED|CUDA error: out of memory|CUDA out of memory"  # the last within a compiler's error
 )
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -60,6 +61,18 @@ class TorchEngine:
         """The fields of `Results`, computed where the pixels are."""
         with torch.inference_mode():
             return results_of(*self._compute(pixels), columns)
+
+    def resident(self, pixels: PixelBatch) -> Callable[[], object]:
+        """What computes this batch again and again where it lies then, and waits for the results."""
+        with memory_errors():
+            there = torch.from_numpy(pixels).to(self.device)
+
+        def compute() -> object:
+            with memory_errors():
+                *_, is_finite = self.results(there, Columns(0, None, 0))
+                return is_finite.cpu()
+
+        return compute
 
     def _compute(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -170,7 +183,7 @@ def load_compiled(spec: ModelSpec, device: str, batch_size: int) -> TorchEngine:
     eager = load_eager(spec, device)
     size = spec.input_size
     compiled = torch.compile(eager.forward, dynamic=size is None, options=compile_options(device, size))
-    engine = TorchEngine(compiled, eager.device, eager.dtype)
+    engine = TorchEngine(_frozen(compiled), eager.device, eager.dtype)
     shape = (batch_size, size, size) if size else (images_at_once(batch_size, *PHOTOGRAPH), *PHOTOGRAPH)
     key = cache_key(spec, "torch", "torchvision") if size is not None else None
     try:
@@ -204,12 +217,12 @@ def _compiler_cache(key: str | None) -> Iterator[None]:
     if key is None:
         folder = Path(tempfile.mkdtemp(prefix="inductor-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+        _keep_compiled_in(folder)
         yield
         return
     folder = cache_directory("inductor") / key
     is_whole = folder / "whole"
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    _keep_compiled_in(folder)
     if not is_whole.exists():
         with lock(str(folder)):
             if not is_whole.exists():
@@ -221,10 +234,26 @@ def _compiler_cache(key: str | None) -> Iterator[None]:
     yield
 
 
+def _keep_compiled_in(folder: Path) -> None:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")  # torch sets it once, and it would stay in another folder
+
+
 def compile_options(device: str, size: int | None) -> dict[str, Any]:
-    """Frozen weights: constants, which are folded into each other and laid out once. On a GPU, a graph of all kernels,
-    launched at once; not where images have sizes of their own, since every size would keep a graph and its memory."""
-    return {"freezing": True, "triton.cudagraphs": device == "cuda" and size is not None}
+    """On a GPU, a graph of all kernels, launched at once; not where images have sizes of their own, since every size
+    would keep a graph and its memory."""
+    return {"triton.cudagraphs": device == "cuda" and size is not None}
+
+
+def _frozen(compiled: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """With frozen weights: constants, which are folded into each other and laid out once. Not one of the `options`:
+    torch decides, before it comes to them, what is a constant."""
+
+    def forward(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        with inductor_config.patch(freezing=True):
+            return compiled(pixels)
+
+    return forward
 
 
 def _built(spec: ModelSpec, device: str) -> Network:

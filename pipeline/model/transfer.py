@@ -108,7 +108,10 @@ class Slot:
 
     def allocate(self, shape: Sequence[int]) -> None:
         if self._pixels.shape != tuple(shape):
-            pixels = self._device.on_device(shape, torch.uint8)  # it may raise, and both are of one shape
+            self._pixels_on_host = self._pixels = torch.empty(
+                0, dtype=torch.uint8
+            )  # room for what comes, which may fail
+            pixels = self._device.on_device(shape, torch.uint8)
             self._pixels_on_host, self._pixels = self._device.on_host(shape, torch.uint8), pixels
 
     def fill(self, pixels: PixelBatch) -> None:

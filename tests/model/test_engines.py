@@ -15,13 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
 from torchvision.models import resnet18
 
 from pipeline.errors import ConfigError
+from pipeline.model import torch_engine
 from pipeline.model.engines import Engine, choose_engine, find_engine, load_engine, num_cores
 from pipeline.model.predictor import PredictorSettings, ResNetPredictor
-from pipeline.model.spec import ModelInfo, make_spec
+from pipeline.model.spec import ModelInfo, ModelSpec, make_spec
 from pipeline.model.torch_engine import TorchEngine, compile_options
 from pipeline.model.zoo import build, resolve
 from pipeline.rows import Columns
@@ -200,6 +202,39 @@ def test_what_is_compiled_for_a_gpu_names_options_that_torch_has():
     assert compile_options("cuda", SIZE)["triton.cudagraphs"]
 
 
+def test_what_is_compiled_has_the_weights_as_constants(monkeypatch: pytest.MonkeyPatch):
+    """So torch can fold batch norms into them and lay them out once."""
+    networks: list[nn.Module] = []
+
+    def load_eager(spec: ModelSpec, device: str) -> TorchEngine:
+        engine = eager(spec, device)
+        networks.append(engine.forward)
+        return engine
+
+    eager = torch_engine.load_eager
+    monkeypatch.setattr(torch_engine, "load_eager", load_eager)
+    spec = make_spec(
+        make_job(
+            name="pipeline.examples.network:digits_resnet20", weights="random", transform={"resize": 32, "crop": 32}
+        )
+    )
+    engine = load_engine("compile", spec, resolve(spec), "cpu", 4)
+    pixels = photographs()[:4, :32, :32]
+    expected = engine(pixels)
+    with torch.no_grad():
+        for weights in networks[0].parameters():
+            if weights.ndim == 4:  # of convolutions; what is not folded stays the very tensor
+                weights.zero_()
+    for found, rows in zip(engine(pixels), expected, strict=True):
+        assert np.array_equal(found, rows)
+
+
+def test_a_batch_that_lies_on_the_device_is_computed_where_it_is(load: Load):
+    engine = load("eager")
+    assert isinstance(engine, TorchEngine)
+    assert engine.resident(photographs()[:8])().tolist() == [True] * 8
+
+
 def test_blocks_of_any_length_do_not_compile_again(load: Load, monkeypatch: pytest.MonkeyPatch):
     engine = load("compile")
     monkeypatch.setattr("pipeline.model.predictor.load_engine", lambda *_: engine)
@@ -234,9 +269,10 @@ def test_a_containers_quota_counts(tmp_path: Path, text: str | None, cores: int 
     assert num_cores(tmp_path / "cpu.max") == min(cores or all_cores, all_cores)
 
 
-def test_eager_uses_the_threads_that_it_is_given(load: Load):
-    load("eager", batch_size=4)
-    assert torch.get_num_threads() == 2
+def test_eager_uses_all_cores_that_it_may(load: Load):
+    torch.set_num_threads(1)
+    load("eager", batch_size=2)
+    assert torch.get_num_threads() == num_cores()
     assert torch.get_float32_matmul_precision() == "highest"
 
 

@@ -116,5 +116,5 @@ def test_an_engine_is_measured_with_all_its_streams(streams: int) -> None:
         at_once.remove(threading.get_ident())
         return pixels, pixels
 
-    assert tuning.measure_rate(Computing(compute, streams), SPEC, 2) > 0
+    assert tuning.measure_rate(Computing(compute, streams), SPEC, "cpu", 2) > 0
     assert most == streams
