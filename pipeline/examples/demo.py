@@ -18,6 +18,7 @@ from pipeline.outputs.dataset import Dataset, read_table
 from pipeline.report import RunReport
 from pipeline.running import run
 from pipeline.storage import Store
+from pipeline.urls import with_absolute_urls
 
 DOUBTFUL = 8  # of the pictures in the grid are the least sure ones
 PICTURES = 40
@@ -50,7 +51,7 @@ def _digits(folder: Path) -> RunReport:
     digits = load_digits_images()
     shards = write_shards(folder / "shards")
     say(f"[bold]{len(digits.keys):,}[/] handwritten digits in {len(shards)} tar shards: {folder}/shards")
-    report = run(digits_config(folder))
+    report = run(with_absolute_urls(digits_config(folder)))
     rows = _rows(f"{folder}/labels")
     held_out = [n for n in range(len(digits.keys)) if digits.held_out[n]]
     samples = [_digit(digits, n, rows[digits.keys[n]]) for n in held_out]
@@ -81,7 +82,7 @@ def _photos(folder: Path) -> RunReport:
         }
     )
     try:
-        report = run(config)
+        report = run(with_absolute_urls(config))
     except WeightsError as cause:
         raise WeightsError(
             f"the pretrained demo downloads ImageNet weights, and this network does not let it: {cause}"

@@ -43,7 +43,7 @@ def load_digits_images() -> Digits:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ConfigError("the demo's digits come with scikit-learn: pip install 'resnet-batch[demo]'.") from error
+        raise ConfigError("the demo's digits come with scikit-learn: pip install scikit-learn.") from error
     source = load_digits()
     keys = [f"digit-{number:04d}" for number in range(len(source.target))]
     hashes = [hashlib.sha256(key.encode()).hexdigest() for key in keys]

@@ -43,7 +43,7 @@ def load_photos() -> list[tuple[str, bytes]]:
     except FileNotFoundError as error:
         raise ConfigError(
             f"there is no photograph {error.filename}: install a scikit-image and a scikit-learn that"
-            " resnet-batch knows: pip install 'resnet-batch[demo]'."
+            " resnet-batch knows: pip install 'scikit-image>=0.25,<1' 'scikit-learn>=1.6,<2'."
         ) from error
 
 
@@ -66,5 +66,5 @@ def _installed(package: str) -> Path:
     """Where a package lies, without importing it: that takes a second, and only its files are wanted."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError("the photographs come with scikit-image and scikit-learn: pip install 'resnet-batch[demo]'.")
+        raise ConfigError("the photographs come with two packages: pip install scikit-image scikit-learn.")
     return Path(spec.submodule_search_locations[0])

@@ -45,7 +45,7 @@ def opener() -> Opener:
     if found is None:
         raise rejected(
             "unsupported_format",
-            "this is HEIC, which takes `pip install resnet-batch[heic]` or `pip install pillow-heif` on every node",
+            "this is HEIC, which takes `pip install pillow-heif` on every node",
         )
     return found
 

@@ -66,7 +66,7 @@ def choose_engine(requested: str, device: str, precision: Precision) -> str:
         raise ConfigError(
             f"model.precision: int8 is computed by openvino on CPUs; here runtime.engine is {requested} on {device}"
             f"{'' if has_openvino else ', and openvino is not installed'}. Use runtime.device=cpu, runtime.engine=auto"
-            " and pip install 'resnet-batch[cpu,int8]', or another precision."
+            " and pip install openvino nncf, or another precision."
         )
     if requested == "auto":
         return "openvino" if device == "cpu" and precision != "float16" and has_openvino else "eager"

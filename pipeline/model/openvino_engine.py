@@ -104,8 +104,7 @@ def check_installed() -> None:
         import_untracked("openvino")
     except ImportError as error:
         raise ConfigError(
-            "runtime.engine: openvino is not installed on this node: pip install 'resnet-batch[cpu]', or use"
-            " runtime.engine=eager."
+            "runtime.engine: openvino is not installed on this node: pip install openvino, or use runtime.engine=eager."
         ) from error
 
 

@@ -69,7 +69,7 @@ def _import_nncf() -> Any:
     except ImportError as error:
         raise ConfigError(
             "model.precision: int8 is calibrated by nncf, which is not installed on this node: pip install"
-            " 'resnet-batch[cpu,int8]', or use another precision. Only the first run of a dataset needs it."
+            " 'nncf>=3,<4', or use another precision. Only the first run of a dataset needs it."
         ) from error
     finally:
         logging.setLoggerClass(logger_class)  # it sets one of its own, for everybody

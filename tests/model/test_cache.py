@@ -131,6 +131,7 @@ def test_what_a_killed_compiler_left_is_thrown_away(tmp_path: Path, monkeypatch:
     assert half.exists()
     with _compiler_cache("key"):
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(half.parent)
+        assert Path(os.environ["TRITON_CACHE_DIR"]).parent == half.parent
         assert not half.exists()
         whole.touch()
     with _compiler_cache("key"):

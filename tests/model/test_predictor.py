@@ -324,7 +324,11 @@ def test_a_device_that_holds_not_one_image_ends_the_run_with_a_sentence(monkeypa
 
 @pytest.mark.parametrize(
     ("failure", "error"),
-    [(OutOfMemory("CUDA out of memory"), "too_large"), (RuntimeError("kernel size 4"), "unsupported_size")],
+    [
+        (OutOfMemory("CUDA out of memory"), "too_large"),
+        (RuntimeError("kernel size 4"), "unsupported_size"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"), "unsupported_size"),
+    ],
 )
 def test_an_image_of_a_size_that_the_network_does_not_take_is_an_error_row(
     failure: Exception, error: str, monkeypatch: pytest.MonkeyPatch
@@ -420,6 +424,7 @@ def test_a_network_that_fails_with_all_images_ends_the_run_with_a_sentence(
         ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB"),
         ("AcceleratorError", "CUDNN_STATUS_ALLOC_FAILED"),
         ("AcceleratorError", "CUDA error: out of memory"),
+        ("InductorError", "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"),
         ("RuntimeError", "GET was unable to find an engine to execute this computation"),
     ],
 )
