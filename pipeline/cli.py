@@ -57,7 +57,7 @@ RetryOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="CLASS[,CLASS…]",
-        help="Also do shards again that are done and have such error rows; `all` for every class.",
+        help="Redo finished shards that have error rows of these classes; `all` for any.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -87,7 +87,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def run(
     arguments: ConfigArguments = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Print the first N samples, write nothing.")
+        int | None, typer.Option(min=1, metavar="N", help="Predict and print the first N samples; write nothing.")
     ] = None,
     retry_errors: RetryOption = None,
     as_json: JsonOption = False,
