@@ -295,7 +295,7 @@ def test_a_bit_that_flips_in_a_loose_file_is_noticed(line: Relay, s3: S3Server, 
         plain.put_object(Bucket="raw", Key="loose.jpg", Body=DATA)
     line.spoil("GET", "flip", path="loose")
     assert read_shard() == [(0, "loose.jpg", DATA, None)], "once: it is asked for again"
-    store = Store(Storage(endpoint_url=line.url, **SHORT | {"deadline_s": 0.5}))
+    store = Store(Storage(endpoint_url=line.url, **SHORT | {"deadline_s": 2}))
     store.info("s3://raw/loose.jpg")
     line.spoil("GET", "flip", times=None, path="loose")
     with pytest.raises(StoreUnavailable, match="loose.jpg.*" + ("checksum" if checksum else "arrived damaged")):

@@ -420,7 +420,7 @@ def test_the_engine_that_is_chosen(requested, device, precision, chosen):
     [
         ("auto", "cuda", "int8", "int8 is computed by openvino on CPUs; here runtime.engine is auto on cuda"),
         ("eager", "cpu", "int8", "here runtime.engine is eager on cpu. Use runtime.device=cpu, runtime.engine=auto"),
-        ("compile", "cpu", "int8", r"pip install 'resnet-batch\[cpu,int8\]'"),
+        ("compile", "cpu", "int8", "pip install openvino nncf"),
         ("openvino", "cuda", "float32", "openvino runs on CPUs here"),
         ("openvino", "cpu", "float16", "float32, bfloat16 or int8"),
     ],
