@@ -98,7 +98,7 @@ def test_a_worker_that_fails_is_a_sentence(
 def test_what_is_done_once_for_all_runs_is_not_charged_to_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As converting, tuning and calibrating are."""
     digits_tars(tmp_path / "shards", 1, 3)
-    config, first = make_config(digits_config(tmp_path / "shards", tmp_path / "labels", **NOOP)), [9.0]
+    config, first = make_config(digits_config(tmp_path / "shards", tmp_path / "labels", **NOOP)), [5.0]
 
     def slow_at_first(*given: Any, **named: Any) -> Job:
         time.sleep(first.pop() if first else 0.0)
@@ -108,7 +108,7 @@ def test_what_is_done_once_for_all_runs_is_not_charged_to_one(tmp_path: Path, mo
     found = sampling.measure(config, *model_and_dataset(config), make_plan(config))
     assert found is not None
     assert not first
-    assert found.start_up_s < sampling.FLOW_S + 9
+    assert found.start_up_s < sampling.FLOW_S + 5
 
 
 @pytest.mark.usefixtures("ray_cluster")
