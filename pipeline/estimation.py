@@ -26,9 +26,7 @@ class Measured:
     read_wait_s: float  # for the store, of one reader
     read_cpu_s: float
     decode_cpu_s: float  # of one core, while all of them decode, or 16
-    network_s: (
-        float  # of one device that does nothing else; on a CPU of all cores of a node; per image that is predicted
-    )
+    network_s: float  # per predicted image, of one device that does nothing else; on a CPU of all cores of a node
     row_bytes: float  # in a part, of an image that is predicted
     put_s: float  # of one part
     start_up_s: float  # from the command to the first block at work, Ray's own start included

@@ -108,9 +108,8 @@ class Slot:
 
     def allocate(self, shape: Sequence[int]) -> None:
         if self._pixels.shape != tuple(shape):
-            self._pixels_on_host = self._pixels = torch.empty(
-                0, dtype=torch.uint8
-            )  # room for what comes, which may fail
+            # Let go first, so that there is room; and of one shape, should the next line fail.
+            self._pixels_on_host = self._pixels = torch.empty(0, dtype=torch.uint8)
             pixels = self._device.on_device(shape, torch.uint8)
             self._pixels_on_host, self._pixels = self._device.on_host(shape, torch.uint8), pixels
 
