@@ -7,31 +7,27 @@ import logging
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from functools import partial
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 
 from pipeline.calibration import spread
 from pipeline.cluster import Cluster, connected
 from pipeline.config import JobConfig
-from pipeline.deaths import Guard, Notes
 from pipeline.driver import MAX_COMMITS, num_committers
-from pipeline.errors import PipelineError, clean
 from pipeline.estimation import FORMAT, PREDICTION, Estimate, Measured, estimate
 from pipeline.inputs.shards import Shard
 from pipeline.inputs.stream import pixel_blocks, read_rows
-from pipeline.inputs.tars import TAR_BUFFER
 from pipeline.model.predictor import ResNetPredictor
 from pipeline.model.results import CALLS
 from pipeline.model.spec import ModelSpec
@@ -39,7 +35,8 @@ from pipeline.outputs.dataset import Dataset
 from pipeline.outputs.schema import Footer, part_schema, write_parquet
 from pipeline.planning import Plan
 from pipeline.preparation import WAITING_CPUS, Job, decode_cpus, prepare
-from pipeline.rows import PIXELS, Kind, Row
+from pipeline.rows import Kind
+from pipeline.sample_reading import Counts, Decoded, read_and_decode
 from pipeline.storage import Store
 from pipeline.timing import Spent
 from pipeline.witness import wait_for
@@ -49,35 +46,11 @@ log = logging.getLogger(__name__)
 IMAGES_PER_TASK = 150
 MAX_TASKS = 16
 MAX_BYTES = 256 * 2**20  # of pixels, of all tasks together, where images keep their own size; a block more of each
-COUNTED_BYTES = 32 * 2**20  # of a tar, compressed or not
 PREDICT_SECONDS = 2.0  # at least
 MIN_BATCHES = 4  # that a slow network is timed with; more than one, since some are computed at once
 FEW_IMAGES = 8  # at least, where they have sizes of their own
 PROBE_BYTES = 64 * 2**20  # at most
 FLOW_S = 4.0  # that Ray Data's own actors and the committer take to come up, on two cores (docs/performance.md)
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Of images."""
-
-    read: int = 0
-    tried: int = 0  # to decode
-    decoded: int = 0
-    measured: int = 0  # whose bytes in their shards are known, whether they were read or not
-    num_bytes: int = 0  # of these
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """What one reader made of its share of the sample."""
-
-    counts: Counts
-    spent: Spent
-    block: pa.Table  # PIXELS
 
 
 def estimate_plan(
@@ -175,106 +148,13 @@ def _decode_one(shard: Shard, job: Job) -> None:
 def _decode(chosen: Sequence[Shard], job: Job, cluster: Cluster) -> list[Decoded]:
     """Read and decode on all cores at once, as a run does, or on MAX_TASKS of them."""
     readers = _num_readers(cluster)
-    decoding = ray.remote(num_cpus=decode_cpus(cluster, job.shares_cores))(_read_and_decode)
+    decoding = ray.remote(num_cpus=decode_cpus(cluster, job.shares_cores))(read_and_decode)
     shares = [chosen[start::readers] or chosen[:1] for start in range(readers)]
-    answers = [decoding.remote(share, job, IMAGES_PER_TASK, MAX_BYTES // readers) for share in shares]
+    answers = [
+        decoding.remote(share, job.config, job.spec.transform, IMAGES_PER_TASK, MAX_BYTES // readers)
+        for share in shares
+    ]
     return [wait_for(answer) for answer in answers]
-
-
-class _Kept(Notes):
-    """Keeps what a guard tells."""
-
-    def __init__(self) -> None:
-        self.spent = Spent()
-
-    def spend(self, spent: Spent) -> None:
-        self.spent += spent
-
-
-class _Observed(Store):
-    """Knows the stream that it opened last."""
-
-    opened: BinaryIO
-
-    def open(self, url: str, version: str | None = None, read_ahead: bool = True) -> BinaryIO:
-        self.opened = super().open(url, version, read_ahead)
-        return self.opened
-
-    def is_read_to(self, place: int) -> bool:
-        return self.opened.closed or self.opened.tell() >= place
-
-
-def _read_and_decode(shards: Sequence[Shard], job: Job, images: int, max_bytes: int) -> Decoded:
-    """The first images of these shards, about as many of each. None is decoded any more once the pixels exceed
-    `max_bytes`. The first tar that has images is read on, to know how many bytes they take of it."""
-    notes = _Kept()
-    guard, store = Guard(notes, "sample"), _Observed(job.config.input_storage)
-    counts = Counts()
-    samples: list[pa.Table] = []
-
-    def is_full() -> bool:
-        num_bytes: int = sum(block.nbytes for block in samples)
-        return num_bytes > max_bytes
-
-    def rows() -> Iterator[Row]:
-        nonlocal counts
-        for number, shard in enumerate(shards):
-            if is_full():
-                return
-            min_bytes = COUNTED_BYTES if shard.kind == "webdataset" and not counts.measured else 0
-            found = read_rows(number, shard, job.config.input, store, guard)
-            read, last = yield from _first_images(found, images / len(shards), is_full, min_bytes, store)
-            counts += Counts(read) + _measured(shard, read, last, store)
-
-    kinds = pa.array([Kind.SAMPLE, Kind.ENCODED], pa.uint8())
-    for found in guard.watch(pixel_blocks(rows(), job.spec.transform, job.config.input, images, guard)):
-        samples.append(found.filter(pc.is_in(found["kind"], kinds)))
-        counts += Counts(tried=found.num_rows, decoded=samples[-1].num_rows)
-    for shard in shards:
-        if shard.kind == "parquet" and not counts.measured:  # not read to its end
-            counts += _of_footer(shard, store)
-    return Decoded(counts, notes.spent, pa.concat_tables(samples) if samples else PIXELS.empty_table())
-
-
-def _first_images(
-    rows: Iterator[Row], wanted: float, is_full: Callable[[], bool], min_bytes: int, store: _Observed
-) -> Generator[Row, None, tuple[int, Kind | None]]:
-    """The first images of a shard, up to as many as are wanted and while it is not full. Reads on until `min_bytes` of
-    the shard are read. Returns how many it read, and what kind of row came last."""
-    read = 0
-    last: Kind | None = None
-    for row in rows:
-        last = row.kind
-        if row.kind is not Kind.SAMPLE:
-            continue
-        read += 1
-        if read <= wanted and not is_full():
-            yield row
-        if (read >= wanted or is_full()) and (not min_bytes or store.is_read_to(min_bytes)):
-            break
-    return read, last
-
-
-def _measured(shard: Shard, read: int, last: Kind | None, store: _Observed) -> Counts:
-    """What the shard tells, of which so many images were read, of how many bytes they take."""
-    if shard.kind == "files":
-        return Counts(measured=len(shard.members), num_bytes=shard.size)
-    if last is Kind.END or (last is Kind.SAMPLE and store.opened.closed):  # behind its last image
-        return Counts(measured=read, num_bytes=shard.size)
-    if last is Kind.SAMPLE and shard.kind == "webdataset" and store.is_read_to(COUNTED_BYTES):
-        # The reader holds one image back, and has just filled its buffer.
-        return Counts(measured=read + 1, num_bytes=store.opened.tell() - TAR_BUFFER)
-    return Counts()
-
-
-def _of_footer(shard: Shard, store: Store) -> Counts:
-    """Of a Parquet file; nothing where it cannot be read any more."""
-    try:
-        with store.open(shard.url, shard.version, read_ahead=False) as file:
-            return Counts(measured=pq.read_metadata(file).num_rows, num_bytes=shard.size)
-    except (PipelineError, pa.ArrowException, OSError) as cause:
-        log.warning("%s does not tell how many rows it has: %s", shard.url, clean(cause))
-        return Counts()
 
 
 def _load(job: Job) -> None:

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 import pipeline
-from pipeline import sampling
+from pipeline import sample_reading, sampling
 from pipeline.config import make_config
 from pipeline.errors import Stopped
 from pipeline.examples.tars import tar_bytes, write_tar
@@ -30,7 +30,7 @@ from pipeline.model.zoo import resolve
 from pipeline.planning import Plan, make_plan, model_and_dataset
 from pipeline.preparation import Job, prepare
 from pipeline.rows import Kind
-from pipeline.sampling import Counts
+from pipeline.sample_reading import Counts, read_and_decode
 from tests.support.jobs import BROKEN, NOOP, digits_config, digits_tars
 
 
@@ -81,7 +81,7 @@ def _fails(*_: Any) -> None:
 @pytest.mark.parametrize(
     ("step", "what_it_does", "sentence"),
     [
-        ("_read_and_decode", _dies, "a worker died. Often that is for want of memory"),
+        ("read_and_decode", _dies, "a worker died. Often that is for want of memory"),
         ("_time_predictor", _fails, "a worker failed with ValueError: too odd. --debug shows where"),
     ],
 )
@@ -161,8 +161,8 @@ def test_images_of_their_own_size_are_taken_until_they_fill_the_share_of_a_task(
     monkeypatch.setattr(stream, "MAX_BLOCK_BYTES", 1)
     shards = [task.shard for task in make_plan(job.config).tasks]
     pixels = 32 * 32 * 3
-    unbounded = sampling._read_and_decode(shards, job, 20, 100 * pixels)
-    found = sampling._read_and_decode(shards, job, 20, 3 * pixels)
+    unbounded = read_and_decode(shards, job.config, job.spec.transform, 20, 100 * pixels)
+    found = read_and_decode(shards, job.config, job.spec.transform, 20, 3 * pixels)
     size = shards[0].size + shards[1].size
     assert unbounded.counts == Counts(read=20, tried=20, decoded=20, measured=20, num_bytes=size)
     assert found.counts == Counts(read=10, tried=3, decoded=3, measured=10, num_bytes=shards[0].size)
@@ -172,7 +172,7 @@ def test_images_of_their_own_size_are_taken_until_they_fill_the_share_of_a_task(
 def counts_of(folder: Path, images: int, **sections: Any) -> Counts:
     job = job_of(folder, **sections)
     shards = [task.shard for task in make_plan(job.config).tasks]
-    return sampling._read_and_decode(shards, job, images, 10**9).counts
+    return read_and_decode(shards, job.config, job.spec.transform, images, 10**9).counts
 
 
 @pytest.mark.parametrize("compression", [None, "gz"])
@@ -189,7 +189,7 @@ def test_a_tar_s_bytes_are_those_of_all_that_it_holds(
     content = tar_bytes(members)
     path = tmp_path / ("a.tar.gz" if compression else "a.tar")
     path.write_bytes(gzip.compress(content, 1) if compression else content)
-    monkeypatch.setattr(sampling, "COUNTED_BYTES", 4 * 2**20)
+    monkeypatch.setattr(sample_reading, "COUNTED_BYTES", 4 * 2**20)
     found = counts_of(tmp_path, 10)
     assert (found.tried, found.decoded) == (10, 10)
     assert 50 < found.measured < 300, "it was not read to its end"
@@ -251,7 +251,9 @@ def test_seconds_per_image_are_those_of_full_batches(
 
     monkeypatch.setattr(sampling, "ResNetPredictor", Slow)
     monkeypatch.setattr(sampling, "PREDICT_SECONDS", 0.0)
-    found = sampling._time_predictor([sampling._read_and_decode(shards, job, images, 10**9).block], job)
+    found = sampling._time_predictor(
+        [read_and_decode(shards, job.config, job.spec.transform, images, 10**9).block], job
+    )
     assert predicted == [min(images, 8), min(images, 8), timed, timed], (
         "a batch to warm up, one to see how many to time"
     )
@@ -267,7 +269,7 @@ def test_images_of_their_own_sizes_are_timed_in_any_order_and_those_that_fail_ar
     transform = {"resize": None, "crop": None}
     job = job_of(tmp_path, model={"name": "resnet18", "weights": "random", "transform": transform})
     shards = [task.shard for task in make_plan(job.config).tasks]
-    block = sampling._read_and_decode(shards, job, 64, 10**9).block
+    block = read_and_decode(shards, job.config, job.spec.transform, 64, 10**9).block
     timed: list[int] = []
 
     class Failing(ResNetPredictor):

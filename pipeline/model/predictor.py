@@ -174,6 +174,21 @@ class ResNetPredictor:
         An image is blamed only where images have sizes of their own, and others or noise go well, whether it comes
         first or last: else it is the network's or the device's fault, and raised.
         """
+        found, refused, failure = self._computed(block, wanted)
+        if not found:
+            self._has_computed = self._has_computed or self._takes_noise()
+            if failure and not self._has_computed:
+                _give_up(failure, block.select(IMAGE_SIZE).take(wanted))
+            return None, refused
+        self._has_computed = True
+        order = np.argsort(np.concatenate([rows for rows, _ in found]))
+        columns = zip(*(results for _, results in found), strict=True)
+        return Results(*(np.concatenate(column)[order] for column in columns)), refused
+
+    def _computed(
+        self, block: pa.Table, wanted: np.ndarray
+    ) -> tuple[list[tuple[np.ndarray, Results]], dict[int, Reject], Exception | None]:
+        """The wanted rows batch by batch, those that failed each alone and why, and the last failure, if any."""
         is_left = np.zeros(block.num_rows, np.bool_)
         is_left[wanted] = True
         found: list[tuple[np.ndarray, Results]] = []
@@ -202,15 +217,7 @@ class ResNetPredictor:
                     refused.update(dict.fromkeys(one[0].tolist(), _size_refused(cause)))
                     is_left[one[0]] = False
                     self._fits = self._most  # there may be room for the others
-        if not found:
-            self._has_computed = self._has_computed or self._takes_noise()
-            if failure and not self._has_computed:
-                _give_up(failure, block.select(IMAGE_SIZE).take(wanted))
-            return None, refused
-        self._has_computed = True
-        order = np.argsort(np.concatenate([rows for rows, _ in found]))
-        columns = zip(*(results for _, results in found), strict=True)
-        return Results(*(np.concatenate(column)[order] for column in columns)), refused
+        return found, refused, failure
 
     def _halve(self, size: int, failed: PixelBatch | None = None) -> None:
         """Go on with half the batch size, or with less: what fails with few tiny images is divided, too."""
