@@ -1,19 +1,21 @@
 """What a node keeps between processes: fetched weights, converted networks, resolved models, shipped sources.
 
 It lies in `$RESNET_BATCH_CACHE`, else in `~/.cache/resnet-batch`. Everything appears there by a rename, so a file
-that exists is whole even if its writer was killed, and everything is named after what it was made from. Nothing is
-ever removed but damaged weights: delete the directory to free the space.
+that exists is whole even if its writer was killed, and everything is named after what it was made from. So what is
+there is read without a lock, and a cache that was filled beforehand may be read-only. Nothing is ever removed but what
+is damaged: delete the directory to free the space.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from pipeline.errors import AccessDenied, ConfigError, FatalError, WeightsError,
 from pipeline.storage import Store
 from pipeline.urls import expanded
 
+log = logging.getLogger(__name__)
+
 CHUNK = 8 * 2**20  # bytes
 MAX_WEIGHTS_BYTES = 16 * 2**30  # more than any network needs; a server could go on sending for ever
 WEIGHTS_ADVICE = "Or download them and give the file's path as model.weights."
@@ -31,32 +35,55 @@ WEIGHTS_ADVICE = "Or download them and give the file's path as model.weights."
 
 def cache_directory(kind: str) -> Path:
     """The cache's folder for one kind of thing, created if need be. FatalError where it can't be written."""
-    root = os.environ.get("RESNET_BATCH_CACHE") or "~/.cache/resnet-batch"
     try:
-        folder = Path(expanded(root), kind)
+        folder = cache_path(kind)
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ConfigError) as error:
-        raise FatalError(
-            f"cannot write to the cache directory {root}: {clean(error)}. Set RESNET_BATCH_CACHE to a folder"
-            " that this process may write to."
-        ) from error
+        raise _not_writable(error) from error
     return folder
 
 
-def lock(name: str) -> FileLock:
-    """Held by one process of this node at a time; the system releases it when its holder dies."""
-    return FileLock(cache_directory("locks") / f"{digest(name)}.lock")
+def cache_path(kind: str) -> Path:
+    """Where that folder is, whether it is there or not."""
+    return Path(expanded(_root()), kind)
+
+
+def _root() -> str:
+    return os.environ.get("RESNET_BATCH_CACHE") or "~/.cache/resnet-batch"
+
+
+def _not_writable(cause: Exception) -> FatalError:
+    return FatalError(
+        f"cannot write to the cache directory {_root()}: {clean(cause)}. Set RESNET_BATCH_CACHE to a folder"
+        " that this process may write to."
+    )
+
+
+@contextmanager
+def lock(name: str) -> Iterator[None]:
+    """Held by one process of this node at a time; the system releases it when its holder dies. FatalError where the
+    cache can't be written."""
+    path = cache_directory("locks") / f"{digest(name)}.lock"
+    with ExitStack() as held:
+        try:
+            held.enter_context(FileLock(path))
+        except OSError as error:
+            raise _not_writable(error) from error
+        yield
 
 
 @contextmanager
 def _temporary(folder: Path) -> Iterator[Path]:
     """A file to write to, gone when the block ends unless it was given another name."""
-    handle, name = tempfile.mkstemp(dir=folder, prefix=".tmp-")
-    os.close(handle)
+    path = folder / f".tmp-{uuid.uuid4().hex}"  # not tempfile's, which other users may not read
     try:
-        yield Path(name)
+        path.touch(exist_ok=False)
+    except OSError as error:
+        raise _not_writable(error) from error
+    try:
+        yield path
     finally:
-        Path(name).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -71,12 +98,19 @@ def new_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder to fill, which becomes `path` when the block ends well. Call it under a lock."""
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=".tmp-"))
+    temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
+    try:
+        temporary.mkdir()
+    except OSError as error:
+        raise _not_writable(error) from error
     try:
         yield temporary
         for file in temporary.rglob("*"):
             _sync(file)
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except OSError as error:
+            raise _not_writable(error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -89,17 +123,21 @@ def _sync(path: Path) -> None:
 
 
 def keep(kind: str, key: str | None, value: Any) -> None:
-    """Keep what JSON can hold under this name; with None nowhere."""
-    if key is not None:
+    """Keep what JSON can hold under this name; with None nowhere. Where it can't be kept, it is found again."""
+    if key is None:
+        return
+    try:
         with new_file(cache_directory(kind) / f"{key}.json") as temporary:
             temporary.write_text(json.dumps(value))
+    except (OSError, FatalError) as error:
+        log.warning("found again in every process: %s", clean(error))
 
 
 def recall(kind: str, key: str | None) -> Any | None:
     """What was kept under this name, None if nothing was."""
     if key is None:
         return None
-    path = cache_directory(kind) / f"{key}.json"
+    path = cache_path(kind) / f"{key}.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
@@ -111,9 +149,12 @@ def fetch(url: str, storage: Storage, sha256: str | None = None, advice: str = W
     """
     folder = cache_directory("weights")
     suffix = Path(url.split("?", 1)[0]).suffix
+    kept = folder / f"{sha256}{suffix}"
+    if sha256 is not None and file_sha256(kept) == sha256:
+        return kept
     with lock(url):
-        if sha256 is not None and file_sha256(folder / (sha256 + suffix)) == sha256:
-            return folder / (sha256 + suffix)
+        if sha256 is not None and file_sha256(kept) == sha256:  # another process has fetched it meanwhile
+            return kept
         with _temporary(folder) as temporary:
             found = _download(url, storage, temporary, advice)
             check_sha256(found, sha256, url)

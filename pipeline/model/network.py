@@ -211,7 +211,7 @@ def _probe(body: nn.Module, sizes: Sequence[int], name: str) -> tuple[tuple[int,
     advice = (
         "It must take 3 channels, for images are RGB"
         if "but got 3 channels" in str(failure)
-        else "Set model.transform.crop to the size that it takes"
+        else "Set model.transform.resize and model.transform.crop to the size that it takes"
     )
     tried = " or ".join(map(str, sizes))
     raise ConfigError(

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import importlib
 import io
+import logging
+import shutil
 import sys
 import tempfile
 import warnings
@@ -23,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import ConfigError, WeightsError, clean, redact
+from pipeline.errors import ConfigError, FatalError, WeightsError, clean, redact
 from pipeline.model.cache import cache_directory, fetch, lock, new_folder
 from pipeline.model.engines import Outputs, PixelBatch, Unconvertible, num_cores
 from pipeline.model.spec import ModelSpec, Quantised
@@ -32,13 +34,15 @@ from pipeline.model.zoo import build, cache_key
 if TYPE_CHECKING:
     from pipeline.model.network import Network
 
+log = logging.getLogger(__name__)
+
 # What is not quantised in an int8 network is computed in fp32.
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 TELEMETRY = "openvino_telemetry"
 NETWORK = ("network.xml", "network.bin")  # OpenVINO's files
 STREAMS = 8  # at the most: every one has memory for a batch
 THREADS = 8  # at least for each, where one image may need gigabytes
-IMAGES = 256  # that lie in two blocks of pixels at least
+IMAGES = 256  # that lie in two blocks of pixels at least, or else eight batches
 # Arrays go into and out of OpenVINO by one thread at a time: the first two to do so would wait for each other for ever,
 # one for what the other sets up, that one for Python's lock. (A function's static variable in its Python binding.)
 BINDING = Lock()
@@ -166,18 +170,43 @@ def converted(spec: ModelSpec) -> Any:
     folder = _folder(spec)
     if folder is None:
         return _convert(spec)
+    network = _kept(folder)
+    if network is not None:
+        return network
     with lock(str(folder)):
-        if not folder.is_dir():
-            with new_folder(folder) as temporary:
-                _save(_convert(spec), temporary)
-    return openvino.Core().read_model(folder / NETWORK[0])
+        network = _kept(folder)  # another process may have converted it meanwhile
+        if network is not None:
+            return network
+        with new_folder(folder) as temporary:
+            if folder.is_dir():
+                log.warning("the converted network in %s cannot be read: converting it again", folder)
+            _save(_convert(spec), temporary)
+            shutil.rmtree(folder, ignore_errors=True)
+        return openvino.Core().read_model(folder / NETWORK[0])
+
+
+def _kept(folder: Path) -> Any | None:
+    """The network that this node has converted, None if it hasn't or its files are damaged."""
+    import openvino
+
+    try:
+        return openvino.Core().read_model(folder / NETWORK[0]) if folder.is_dir() else None
+    except RuntimeError:
+        return None
 
 
 def _save(network: Any, folder: Path) -> None:
+    """Raises FatalError where it can't be written."""
     import openvino
 
-    # Not the default, which rounds the weights to fp16.
-    openvino.save_model(network, folder / NETWORK[0], compress_to_fp16=False)
+    try:
+        # Not the default, which rounds the weights to fp16.
+        openvino.save_model(network, folder / NETWORK[0], compress_to_fp16=False)
+    except RuntimeError as error:
+        raise FatalError(
+            f"cannot write the converted network to {folder}: {clean(error)}. Is the disk full? Free some space there,"
+            " or set RESNET_BATCH_CACHE to another folder (TMPDIR for an int8 network)."
+        ) from error
 
 
 def packed(network: Any) -> bytes:

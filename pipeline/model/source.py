@@ -15,6 +15,7 @@ import site
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from importlib.machinery import ModuleSpec, PathFinder
@@ -25,7 +26,7 @@ from typing import Any
 import pipeline
 from pipeline.config import digest
 from pipeline.errors import ConfigError, PipelineError, clean
-from pipeline.model.cache import cache_directory, lock, new_folder
+from pipeline.model.cache import cache_directory, cache_path, lock, new_folder
 
 OWN_FOLDER = Path(pipeline.__file__).parent.parent
 # Of these a network counts by its one file: their releases may not change what the same weights mean.
@@ -67,7 +68,10 @@ def locate(name: str, directory: Path | None) -> Source:
     if not all(part.isidentifier() for part in [*module.split("."), *attribute.split(".")]):
         raise ConfigError(f"model.name: {name!r} must read package.module:callable.")
     path = _find(module, directory)
-    text = path.read_bytes()
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"model.name: cannot read {path}: {clean(error)}.") from error
     _check_defines(text, path, attribute.split(".")[0])
     folder = _folder(path, module)
     files = _files(path, module)
@@ -151,12 +155,13 @@ def _install(source: Source) -> Path:
     """Unpack the shipped files once per node and put them first on `sys.path`."""
     key = digest([(path, content.hex()) for path, content in source.files], 32)
     root = cache_directory("source") / key
-    with lock(str(root)):
-        if not root.is_dir():
-            with new_folder(root) as folder:
-                for path, content in source.files:
-                    (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                    (folder / path).write_bytes(content)
+    if not root.is_dir():
+        with lock(str(root)):
+            if not root.is_dir():
+                with new_folder(root) as folder:
+                    for path, content in source.files:
+                        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                        (folder / path).write_bytes(content)
     if sys.path[0] != str(root):
         sys.path.insert(0, str(root))
     importlib.invalidate_caches()
@@ -184,7 +189,7 @@ def _find(module: str, directory: Path | None) -> Path:
     """The file of a module, found step by step from its top-level package; nothing is imported."""
     top, *rest = module.split(".")
     beside = [str(folder) for folder in (directory, Path.cwd()) if folder is not None]
-    shipped = cache_directory("source")  # copies that this process imported earlier
+    shipped = cache_path("source")  # copies that this process imported earlier
     path = [entry for entry in sys.path if not Path(entry).is_relative_to(shipped)]
     places = [str(OWN_FOLDER)] if top == pipeline.__name__ else [*beside, *path]
     found = PathFinder.find_spec(top, places) or _find_editable(top)
@@ -225,11 +230,15 @@ def _files(path: Path, module: str) -> dict[str, bytes]:
     else:
         found = (folder / name).rglob("*.py") if folder != path.parent else folder.glob("*.py")
     relative = [file.relative_to(folder) for file in found if file.is_file()]
-    return {
-        file.as_posix(): (folder / file).read_bytes()
-        for file in relative
-        if not any(part.startswith(".") for part in file.parts)
-    }
+    contents = {file: _content(folder / file) for file in relative if not any(p.startswith(".") for p in file.parts)}
+    return {file.as_posix(): content for file, content in contents.items() if content is not None}
+
+
+def _content(path: Path) -> bytes | None:
+    """None for what this user may not read: a neighbour's script. A network that imports it says so then."""
+    with suppress(PermissionError):
+        return path.read_bytes()
+    return None
 
 
 def _check_defines(text: bytes, path: Path, name: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pipeline.config import JobConfig, Model, Output, Precision, Storage, Transform, digest
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, clean
 from pipeline.model.cache import fetch, file_sha256
 from pipeline.model.catalog import ARCHITECTURES, NUM_IMAGENET_CLASSES, architecture, full_weights_name
 from pipeline.model.classes import check_count, class_names, find_file
@@ -116,8 +116,9 @@ def result_columns(output: Output, info: ModelInfo) -> Columns:
     """Raises ConfigError where a network can't tell classes apart, has no head, or returns probabilities for logits."""
     if output.predictions and not info.has_head:
         raise ConfigError(
-            "output.predictions: the weights are those of a backbone, without the head that makes predictions. Set"
-            " output.predictions=false for embeddings alone, or give the weights of the whole network."
+            "output.predictions: the weights are those of a backbone, without the head that makes predictions, or with"
+            " another one beside it. Set output.predictions=false for embeddings alone, or give the weights of the"
+            " whole network, with model.name a callable that builds it."
         )
     if output.predictions and info.num_classes == 1:
         raise ConfigError(
@@ -200,7 +201,10 @@ def _weights_file(config: JobConfig) -> WeightsRef:
     url, known = config.model.weights, config.model.sha256
     if is_local(url):
         path = local_path(url) if "://" in url else find_file(url, config.directory, "model.weights")
-        url, found = str(path), known or file_sha256(path)
+        try:
+            url, found = str(path), known or file_sha256(path)
+        except OSError as error:
+            raise ConfigError(f"model.weights: cannot read {path}: {clean(error)}.") from error
         if found is None:
             raise ConfigError(f"model.weights: there is no file {path}.")
     else:
@@ -228,13 +232,20 @@ def _preset(model: Model) -> Transform:
 
 
 def _check_crop(transform: Transform, given: Transform | None) -> None:
-    """ConfigError where images are made smaller than a crop that nobody asked for: a black border would fill it."""
-    keys = given.model_fields_set if given else set()
-    if "resize" in keys and "crop" not in keys and (transform.crop or 0) > (transform.resize or math.inf):
+    """ConfigError where the crop is larger than the images are made, and not both were asked for: a black border would
+    fill it."""
+    keys = {"resize", "crop"} & (given.model_fields_set if given else set())
+    if len(keys) != 1 or (transform.crop or 0) <= (transform.resize or math.inf):
+        return
+    if "resize" in keys:
         raise ConfigError(
             f"model.transform.resize: {transform.resize} is less than the crop of the preset, {transform.crop}, so"
             f" images would get a black border. Set model.transform.crop as well, to {transform.resize} or null."
         )
+    raise ConfigError(
+        f"model.transform.crop: {transform.crop} is more than the resize of the preset, {transform.resize}, so images"
+        f" would get a black border. Set model.transform.resize as well, to {transform.crop} or more."
+    )
 
 
 def _identity(

@@ -15,6 +15,7 @@ import socket
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,11 @@ def load_torchvision(full_name: str, sha256: str | None = None) -> StateDict:
 
     weights = get_weight(full_name)
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    fetching = (
+        contextlib.nullcontext() if path.is_file() else lock(weights.url)
+    )  # torch.hub, too, renames what is whole
     # Ray shows a worker's stdout on the driver's, which may be JSON, and torch.hub prints.
-    with lock(weights.url), contextlib.redirect_stdout(sys.stderr), _socket_timeout(DOWNLOAD_TIMEOUT_S):
+    with fetching, contextlib.redirect_stdout(sys.stderr), _socket_timeout(DOWNLOAD_TIMEOUT_S):
         try:
             state = weights.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
@@ -262,15 +266,62 @@ def _check_extras(state: StateDict, name: str) -> None:
 def match_keys(state: StateDict, own: Iterable[str]) -> StateDict:
     """The state with those wrappers' prefixes removed (DataParallel, torch.compile, FSDP, Lightning) that `own` lacks.
 
-    Prefixes are taken off one layer at a time; the layer at which most keys are the network's own is the right one.
-    Where all of them came from under a prefix, what lay beside it is something else's, such as the loss's.
+    Prefixes are taken off one layer at a time; the layer at which most keys are the network's own is the right one. A
+    prefix that is none of the usual ones is taken off where all of the network lies under it. Where all of the network,
+    or all but its head, came from under a prefix, what lay beside it is something else's, such as the loss's.
+    WeightsError for several networks.
     """
     wanted = {key for key in own if not (key.endswith(COUNTERS) or _is_extra(key))}
     found, beside = max(_layers(state), key=lambda layer: len(wanted & layer[0].keys()))
-    if not beside or not wanted <= found.keys() - beside:
+    if not wanted & found.keys():
+        found, beside = _under_a_name(state, wanted) or (found, beside)
+    if not beside or not beside.isdisjoint(wanted) or not _is_network_of(found.keys() - beside, wanted):
         return found
     log.warning("the weights hold more than the network, which is left out%s", _listed("beside it", sorted(beside)))
-    return StateDict(((key, value) for key, value in found.items() if key not in beside), found._metadata)
+    kept = {key: value for key, value in found.items() if key not in beside}
+    head = _doubtful_head(kept, {key: found[key] for key in beside}, wanted)
+    if head is not None:
+        log.warning("the head may be among them: %s is left out as well, so that there are no predictions", head)
+    return StateDict(((key, value) for key, value in kept.items() if _module_of(key) != head), found._metadata)
+
+
+def _is_network_of(keys: AbstractSet[str], wanted: set[str]) -> bool:
+    """Whether these are all keys that are wanted, but perhaps for those of one module, the head."""
+    modules = {_module_of(key) for key in wanted - keys}
+    found = wanted & keys
+    return not modules or (bool(found) and len(modules) == 1 and not any(_module_of(key) in modules for key in found))
+
+
+def _module_of(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def _under_a_name(state: StateDict, wanted: set[str]) -> tuple[StateDict, set[str]] | None:
+    """The state without the prefix that a whole network lies under, `cnn.` for one, and the keys that lie beside."""
+    longest = max(wanted, key=len, default="")
+    prefixes = [key.removesuffix(longest) for key in state if key.endswith(f".{longest}")]
+    prefixes = [
+        prefix
+        for prefix in prefixes
+        if _is_network_of({key.removeprefix(prefix) for key in state if key.startswith(prefix)} & wanted, wanted)
+    ]
+    if len(prefixes) > 1:
+        raise WeightsError(
+            f"the weights hold the network several times, under {', '.join(prefixes)}. Save the one that is meant."
+        )
+    if not prefixes:
+        return None
+    beside = {key for key in state if not key.startswith(prefixes[0])}
+    return state.renamed(lambda key: key.removeprefix(prefixes[0])), beside
+
+
+def _doubtful_head(network: Mapping[str, Any], beside: Mapping[str, Any], wanted: set[str]) -> str | None:
+    """The network's last linear layer where one that lay beside takes what that one takes or returns: perhaps it is the
+    head that was trained."""
+    is_matrix = {key for key, value in [*network.items(), *beside.items()] if getattr(value, "ndim", 0) == 2}
+    widths = {value.shape[1] for key, value in beside.items() if key in is_matrix and key.endswith("weight")}
+    last = next((key for key in reversed([*network]) if key in is_matrix & wanted), None)
+    return _module_of(last) if last is not None and widths & {*network[last].shape} else None
 
 
 def _layers(state: StateDict) -> Iterator[tuple[StateDict, set[str]]]:
@@ -335,7 +386,19 @@ def misfit(
         + _listed("missing in the weights", missing)
         + _listed("unknown to the network", unexpected)
         + _listed("of another shape", shapes)
-        + ". Check model.name and model.num_classes."
+        + f". {_advice(missing, unexpected)}"
+    )
+
+
+def _advice(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """A layer, usually the head, may have been replaced by several."""
+    modules = {_module_of(key) for key in missing}
+    name = next(iter(modules), "")
+    if len(modules) != 1 or not unexpected or not all(key.startswith(f"{name}.") for key in unexpected):
+        return "Check model.name and model.num_classes."
+    return (
+        f"Its {name} was replaced by other layers before it was trained: give model.name a callable that builds the"
+        " network with these, as my_networks:build."
     )
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -9,7 +10,7 @@ import pytest
 
 from pipeline.config import Storage
 from pipeline.errors import AccessDenied, FatalError, WeightsError
-from pipeline.model.cache import cache_directory, fetch, new_file, new_folder
+from pipeline.model.cache import cache_directory, fetch, keep, new_file, new_folder
 from pipeline.model.torch_engine import _compiler_cache
 from pipeline.storage import Store
 from tests.model.helpers import output_of, python
@@ -45,6 +46,20 @@ def test_the_driver_learns_the_hash_and_workers_use_its_copy(tmp_path: Path, ser
     server.downloads.clear()
     assert fetch(f"{server.url}/net.safetensors?signature=x", Storage(), SHA256) == path
     assert server.downloads == []
+
+
+def test_a_cache_that_was_filled_beforehand_is_only_read(tmp_path: Path, cache: Path, serve, caplog):
+    (tmp_path / "net.pth").write_bytes(DATA)
+    server = serve(tmp_path)
+    path = fetch(f"{server.url}/net.pth", Storage(), SHA256)
+    shutil.rmtree(cache / "locks")
+    (cache / "locks").write_text("")  # so that nobody can take a lock
+    assert fetch(f"{server.url}/net.pth", Storage(), SHA256) == path
+    with pytest.raises(FatalError, match="cannot write to the cache directory"):
+        fetch(f"{server.url}/net.pth", Storage())
+    (cache / "models").write_text("")
+    keep("models", "a", 1)
+    assert "found again in every process: cannot write to the cache directory" in caplog.text
 
 
 def test_a_damaged_copy_is_fetched_again(tmp_path: Path, serve):

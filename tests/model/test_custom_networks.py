@@ -92,7 +92,10 @@ def test_the_embedding_is_the_input_of_the_last_linear_layer(custom, case: str):
         ),
         ("return {'logits': self.fc(self.features(x))}", "returns a dict for 2 images"),
         ("return self.fc(self.features(x))[:1]", r"returns the shape \(1, 5\) for 2 images"),
-        ("raise KeyError('broken')", "does not run on images of 64 pixels: 'broken'. Set model.transform.crop"),
+        (
+            "raise KeyError('broken')",
+            "does not run on images of 64 pixels: 'broken'. Set model.transform.resize and model.transform.crop",
+        ),
         ("return self.fc(nn.Conv2d(1, 6, 3)(x).mean((2, 3)))", "It must take 3 channels, for images are RGB"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import sys
 import time
@@ -69,6 +70,38 @@ def test_a_conversion_that_was_killed_is_not_used(arguments, cache: Path):
     process.communicate()
     assert [path.name for path in (cache / "openvino").iterdir() if not path.name.startswith(".tmp-")] == []
     assert output_of(python(LOAD, *arguments)).endswith("True")
+
+
+def test_a_damaged_network_is_converted_again(arguments, cache: Path):
+    numbers = output_of(python(LOAD, *arguments)).split()[0]
+    (folder,) = (cache / "openvino").iterdir()
+    with (folder / "network.bin").open("r+b") as file:
+        file.truncate(20_000_000)
+    process = python(LOAD, *arguments)
+    said = process.communicate(timeout=120)
+    assert said[0].split() == [numbers, "True"], said
+    assert f"the converted network in {folder} cannot be read: converting it again" in said[1]
+    assert output_of(python(LOAD, *arguments)).split() == [numbers, "False"]
+
+
+def test_a_full_disk_leaves_no_network(arguments, cache: Path):
+    limit = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, -1))
+"""
+    said = python(limit + LOAD, *arguments).communicate(timeout=120)
+    assert "FatalError: cannot write the converted network to" in said[1]
+    assert "Is the disk full?" in said[1]
+    assert list((cache / "openvino").iterdir()) == []
+    assert output_of(python(LOAD, *arguments)).endswith("True")
+
+
+def test_a_cache_that_was_filled_beforehand_is_only_read(arguments, cache: Path):
+    numbers = output_of(python(LOAD, *arguments)).split()[0]
+    shutil.rmtree(cache / "locks")
+    (cache / "locks").write_text("")  # so that nobody can take a lock
+    assert output_of(python(LOAD, *arguments)).split() == [numbers, "False"]
 
 
 CUSTOM = """

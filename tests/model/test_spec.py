@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -143,9 +145,34 @@ def test_a_custom_network_gets_imagenets(job, tmp_path: Path):
     assert make_spec(job(**custom, transform={"crop": 32})).transform == Transform(resize=256, crop=32)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user for a moment")
+@pytest.mark.parametrize(("folder_mode", "file_mode"), [(0o700, 0o644), (0o755, 0o600)])
+def test_files_that_may_not_be_read_are_a_sentence(job, folder_mode: int, file_mode: int):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to other users
+        private = Path(folder, "private")
+        private.mkdir()
+        for name in ("net.pth", "net.py"):
+            (private / name).write_bytes(b"")
+            (private / name).chmod(file_mode)
+        private.chmod(folder_mode)
+        Path(folder).chmod(0o755)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(ConfigError, match=r"model.weights: cannot .*Permission denied"):
+                make_spec(job(weights=str(private / "net.pth")))
+            with pytest.raises(ConfigError, match=r"model.name: "):
+                make_spec(job(name="net:build", weights="random", directory=private))
+        finally:
+            os.seteuid(0)
+
+
 def test_a_crop_that_is_larger_than_the_picture_must_be_asked_for(job):
     with pytest.raises(ConfigError, match=r"resize: 32 is less than the crop of the preset, 224.*to 32 or null"):
         make_spec(job(transform={"resize": 32}))
+    with pytest.raises(ConfigError, match=r"crop: 384 is more than the resize of the preset, 232.*to 384 or more"):
+        make_spec(job(transform={"crop": 384}))
+    assert make_spec(job(transform={"crop": 384, "resize": 256})).transform.crop == 384
+    assert make_spec(job(transform={"crop": 232})).transform.resize == 232
     for crop in (224, 32, None):
         assert make_spec(job(transform={"resize": 32, "crop": crop})).transform.crop == crop
     assert make_spec(job(transform={"resize": None})).transform.crop == 224

@@ -211,6 +211,51 @@ def test_what_lies_beside_a_prefix_is_left_out_where_the_network_lies_under_it(c
     assert match_keys(state, own).keys() == own
 
 
+def test_a_network_under_any_one_name_is_found(caplog: pytest.LogCaptureFixture):
+    assert_is_the_network(saved({"state_dict": prefixed("cnn.")}))
+    assert_is_the_network(saved({"state_dict": prefixed("model.image.trunk.") | {"loss.weight": torch.ones(7)}}))
+    assert "left out; 1 beside it: loss.weight" in caplog.text
+    with pytest.raises(WeightsError, match=r"hold the network several times, under student\., teacher\."):
+        assert_is_the_network(saved({"state_dict": prefixed("student.") | prefixed("teacher.")}))
+    with pytest.raises(WeightsError, match="missing in the weights"):
+        assert_is_the_network(saved({"state_dict": {f"cnn.{k}": v for k, v in list(prefixed("").items())[3:]}}))
+
+
+def filled(state: dict[str, torch.Tensor]) -> tuple[torch.nn.Module, str | None]:
+    """A network with these weights, and the layer that they lack."""
+    other = resnet18(num_classes=7)
+    return other, fill(other, match_keys(parse(saved({"state_dict": state}), "a.pth"), other.state_dict()), "a.pth")
+
+
+@pytest.mark.parametrize(("features", "is_doubtful"), [(7, True), (512, True), (3, False)])
+def test_a_layer_that_may_be_the_trained_head_leaves_no_predictions(
+    features: int, is_doubtful: bool, caplog: pytest.LogCaptureFixture
+):
+    """Lightning, with a whole network as backbone and a layer behind it, or in place of its own."""
+    beside = {"classifier.weight": torch.ones(10, features), "classifier.bias": torch.ones(10)}
+    other, lacks = filled(prefixed("backbone.") | beside)
+    assert lacks == ("fc" if is_doubtful else None)
+    assert ("the head may be among them" in caplog.text) == is_doubtful
+    assert torch.equal(other.state_dict()["conv1.weight"], network().state_dict()["conv1.weight"])
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "cnn."])
+def test_what_self_supervision_leaves_beside_a_backbone_is_left_out(prefix: str):
+    backbone = {key: value for key, value in prefixed(prefix).items() if ".fc." not in key}
+    beside = {"projector.0.weight": torch.ones(64, 512), "projector.0.bias": torch.ones(64)}
+    assert filled(backbone | beside)[1] == "fc"
+    incomplete = {key: value for key, value in backbone.items() if "layer2.0.conv1" not in key}
+    with pytest.raises(WeightsError, match="do not fit the network"):
+        filled(incomplete | beside)
+
+
+def test_a_head_that_was_replaced_by_several_layers_is_named():
+    state = network().state_dict()
+    state |= {"fc.1.weight": state.pop("fc.weight"), "fc.1.bias": state.pop("fc.bias")}
+    with pytest.raises(WeightsError, match=r"Its fc was replaced by other layers.* a callable that builds"):
+        filled(state)
+
+
 @pytest.mark.parametrize(
     "inserted", ["module", "_forward_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"]
 )
