@@ -91,6 +91,13 @@ def connected(config: JobConfig) -> Iterator[Cluster]:
         yield cluster
 
 
+def current() -> Cluster:
+    """The cluster that this process is connected to, as it is now."""
+    import ray
+
+    return describe(ray.nodes(), _this_node())
+
+
 @contextmanager
 def _connection(config: JobConfig) -> Iterator[Cluster]:
     import ray
@@ -104,7 +111,7 @@ def _connection(config: JobConfig) -> Iterator[Cluster]:
             _begin(config.runtime.address)
         OURS.users += ours
     try:
-        cluster = describe(ray.nodes(), _this_node())
+        cluster = current()
         if not cluster.is_here:
             _refuse_local_paths(config)
         yield cluster

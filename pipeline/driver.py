@@ -36,7 +36,7 @@ from pipeline.outputs.workspace import sweep_workspaces
 from pipeline.planning import Task
 from pipeline.storage import Store
 from pipeline.timing import Spent
-from pipeline.verdict import Usage
+from pipeline.verdict import Usage, readers_at_once
 from pipeline.witness import Casualties, RayNotes, Witness
 
 if TYPE_CHECKING:  # committers don't need rich
@@ -185,6 +185,8 @@ class Run:
             start_up_s=self._first_rows_at - self._began,
             write_s=self._write_s,
             cores=cluster.num_cpus,
+            shards=len(self._tasks),
+            readers=readers_at_once([task.shard.size for task in self._tasks]),
             actors=actors,
             device=device,
             precision=precision,

@@ -6,13 +6,14 @@ network works beside them (a GPU) or on the same cores (a CPU), and commits hide
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.verdict import Bound
+from pipeline.verdict import Bound, readers_at_once
 
 RAY_CPU_S = 0.2e-3  # of a core per image: what Ray, the driver and the committer take (docs/performance.md)
-FORMAT = 1
+FORMAT = 2
 PREDICTION = ("_runs", "estimate.json")  # within the dataset
 
 
@@ -28,12 +29,13 @@ class Measured:
     decode_cpu_s: float  # of one core, while all of them decode, or 16
     network_s: float  # per predicted image, of one device that does nothing else; on a CPU of all cores of a node
     row_bytes: float  # in a part, of an image that is predicted
+    part_bytes: float  # of a part besides its rows
     put_s: float  # of one part
     start_up_s: float  # from the command to the first block at work, Ray's own start included
     engine: str
     device: str
     batch_size: int
-    actors: int
+    actors: int  # that have what they compute on
     nodes: int
     cores: int  # of all nodes
     commits_at_once: int
@@ -59,10 +61,10 @@ class Estimate:
 def estimate(measured: Measured, sizes: list[int], price_per_hour: float | None = None) -> Estimate:
     """What the shards of these sizes, in bytes, will take. `price_per_hour` is that of the whole cluster."""
     images = max(round(sum(sizes) / measured.bytes_per_image), 1)
-    rates = stage_rates(measured, images / len(sizes))
+    rates = stage_rates(measured, images, sizes)
     cpu = measured.device == "cpu"
     rate = min(rates["read"], rates["write"], rates["network"], _on_cores(rates, measured) if cpu else rates["decode"])
-    bound = _bound(rates, rate, cpu)
+    bound = _bound(rates, rate, cpu, _are_few(measured, sizes))
     seconds = measured.start_up_s + images / rate + measured.put_s
     feeding_s = measured.read_wait_s + measured.read_cpu_s + measured.decode_cpu_s + RAY_CPU_S
     return Estimate(
@@ -71,7 +73,7 @@ def estimate(measured: Measured, sizes: list[int], price_per_hour: float | None 
         images=images,
         seconds=round(seconds, 1),
         images_per_s=round(rate, 1),
-        output_bytes=round(images * measured.predicted * measured.row_bytes),
+        output_bytes=round(images * measured.predicted * measured.row_bytes + len(sizes) * measured.part_bytes),
         bound="start-up" if measured.start_up_s > seconds / 2 else bound,
         cores_per_device=None if cpu else round(feeding_s / measured.network_s / measured.predicted, 1),
         cost=None if price_per_hour is None else round(price_per_hour * seconds / 3600, 2),
@@ -79,16 +81,22 @@ def estimate(measured: Measured, sizes: list[int], price_per_hour: float | None 
     )
 
 
-def stage_rates(measured: Measured, images_per_shard: float) -> dict[str, float]:
-    """Images/s of each stage if it were alone, on all that the run has."""
+def _are_few(measured: Measured, sizes: list[int]) -> bool:
+    """Whether a run reads these shards in one stage and decodes in another (`flow.pieces`)."""
+    return len(sizes) < measured.cores
+
+
+def stage_rates(measured: Measured, images: int, sizes: list[int]) -> dict[str, float]:
+    """Images/s of each stage if it were alone, on all that the run has. A shard is read by one process."""
     cpu_s = measured.read_cpu_s + measured.decode_cpu_s + RAY_CPU_S
+    reader_cpu_s = measured.read_cpu_s if _are_few(measured, sizes) else cpu_s
     # One actor takes all cores of its node; what a second one there would add is not measured.
     devices = min(measured.nodes, measured.actors) if measured.device == "cpu" else measured.actors
     return {
-        "read": measured.cores / (measured.read_wait_s + cpu_s),
+        "read": min(measured.cores, readers_at_once(sizes)) / (measured.read_wait_s + reader_cpu_s),
         "decode": measured.cores / cpu_s,
         "network": devices / measured.network_s / measured.predicted,
-        "write": measured.commits_at_once * images_per_shard / measured.put_s,
+        "write": measured.commits_at_once * images / len(sizes) / measured.put_s,
     }
 
 
@@ -97,11 +105,11 @@ def _on_cores(rates: dict[str, float], measured: Measured) -> float:
     return 1 / (1 / rates["decode"] + measured.network_s * measured.predicted / measured.nodes)
 
 
-def _bound(rates: dict[str, float], rate: float, cpu: bool) -> Bound:
-    """The stage that sets the rate."""
+def _bound(rates: dict[str, float], rate: float, cpu: bool, few_shards: bool) -> Bound:
+    """The stage that sets the rate. Reading includes decoding, unless there are few shards."""
     if rate == rates["write"]:
         return "write"
-    if rate == rates["read"] and rates["read"] < rates["decode"] / 1.5:
+    if rate == rates["read"] and (few_shards or rates["read"] < rates["decode"] / 1.5):
         return "read"
     if cpu or rate == rates["network"]:
         return "network" if rates["network"] < rates["decode"] else "decode"
@@ -119,11 +127,12 @@ def score(prediction: dict[str, Any], seconds: float, images_per_s: float) -> di
     }
 
 
-def is_about(prediction: dict[str, Any], sizes: list[int], model_fingerprint: str) -> bool:
-    """Whether a prediction is for these shards and this model."""
+def is_about(prediction: dict[str, Any], sizes: list[int], run: Mapping[str, Any]) -> bool:
+    """Whether a prediction is for these shards, and was measured with what the run has: `run` names fields of Measured
+    and their values."""
     return prediction.get("format") == FORMAT and (
-        (prediction["shards"], prediction["num_bytes"], prediction["measured"]["model_fingerprint"])
-        == (len(sizes), sum(sizes), model_fingerprint)
+        (prediction["shards"], prediction["num_bytes"], {name: prediction["measured"][name] for name in run})
+        == (len(sizes), sum(sizes), dict(run))
     )
 
 

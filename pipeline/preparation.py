@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 WAITING_CPUS = 0.02
 BLOCK_BYTES = 40 * 2**20
 MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 128, 1024
+MIN_BLOCK_BATCHES = 4  # are enough where images are so large that these rows would take gigabytes
 CALIBRATION_RETRIES = 20  # five find one image that kills
 
 
@@ -74,7 +75,8 @@ class Job:
     @property
     def rows_per_block(self) -> int:
         """Images in a block: some 40 MB of them, and full batches where all have one size."""
-        rows = min(max(BLOCK_BYTES // self.image_bytes, MIN_BLOCK_ROWS), MAX_BLOCK_ROWS)
+        least = min(MIN_BLOCK_ROWS, MIN_BLOCK_BATCHES * self.settings.batch_size)
+        rows = min(max(BLOCK_BYTES // self.image_bytes, least), MAX_BLOCK_ROWS)
         return max(rows // self.settings.batch_size, 1) * self.settings.batch_size
 
     @property
@@ -97,6 +99,11 @@ class Job:
 
 
 _Settled = tuple[ModelSpec, ModelInfo, PredictorSettings]
+
+
+def actors_at_work(job: Job, cluster: Cluster) -> int:
+    """Those that have what they compute on: without a GPU of its own an actor waits."""
+    return min(job.num_actors, cluster.num_gpus) if job.num_gpus else job.num_actors
 
 
 def prepare(

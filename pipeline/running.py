@@ -13,7 +13,7 @@ from functools import partial
 from importlib import import_module
 
 from pipeline.backends import deadline
-from pipeline.cluster import Cluster, connected, terminable
+from pipeline.cluster import Cluster, connected, current, terminable
 from pipeline.config import JobConfig
 from pipeline.errors import ExitCode, NotFound, PipelineError, TransientError, clean, redact
 from pipeline.estimation import PREDICTION, is_about, score
@@ -60,9 +60,13 @@ def run(config: JobConfig, retry_errors: Iterable[str] | str = ()) -> RunReport:
 def _score(report: RunReport, plan: Plan, dataset: Dataset, seconds: float) -> dict[str, float]:
     """What `plan --estimate` predicted of this run, if it did, beside what came of it."""
     sizes = [task.shard.size for task in plan.tasks]
+    if not report.usage:  # it is not known what it had
+        return {}
+    had = {"model_fingerprint": report.model_fingerprint, "engine": report.engine, "device": report.device}
+    had |= {name: report.usage[name] for name in ("cores", "actors")}
     try:
         prediction = json.loads(dataset.store.read(dataset.path(*PREDICTION)))
-        if not isinstance(prediction, dict) or not is_about(prediction, sizes, report.model_fingerprint):
+        if not isinstance(prediction, dict) or not is_about(prediction, sizes, had):
             return {}
         return score(prediction, seconds, report.images_per_s)
     except NotFound:
@@ -110,7 +114,7 @@ def _with_absolute_files(config: JobConfig, spec: ModelSpec) -> JobConfig:
 def _execute(
     plan: Plan, config: JobConfig, spec: ModelSpec, dataset: Dataset, cluster: Cluster, report: RunReport
 ) -> None:
-    from pipeline.preparation import prepare
+    from pipeline.preparation import actors_at_work, prepare
 
     import_ray_data = partial(import_module, "pipeline.flow")  # while a worker settles what it is asked
     job = prepare(config, spec, cluster, [task.shard for task in plan.tasks], meanwhile=import_ray_data)
@@ -137,7 +141,8 @@ def _execute(
         driving = driver.Run(plan.tasks, config, context, cluster, counter)
         try:
             driving.loop(partial(flow.execute, flow.pieces(plan.tasks, job, cluster, driving.notes)))
-            usage = driving.usage(cluster, job.num_actors, settings.device, spec.precision)
+            now = current()  # it may have grown
+            usage = driving.usage(now, actors_at_work(job, now), settings.device, spec.precision)
             if usage is not None:
                 report.usage, report.verdict = asdict(usage), str(judge(usage))
         except KeyboardInterrupt:

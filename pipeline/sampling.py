@@ -14,7 +14,7 @@ from functools import partial
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +34,7 @@ from pipeline.model.spec import ModelSpec
 from pipeline.outputs.dataset import Dataset
 from pipeline.outputs.schema import Footer, part_schema, write_parquet
 from pipeline.planning import Plan
-from pipeline.preparation import WAITING_CPUS, Job, decode_cpus, prepare
+from pipeline.preparation import WAITING_CPUS, Job, actors_at_work, decode_cpus, prepare
 from pipeline.rows import Kind
 from pipeline.sample_reading import Counts, Decoded, read_and_decode
 from pipeline.storage import Store
@@ -45,10 +45,10 @@ log = logging.getLogger(__name__)
 
 IMAGES_PER_TASK = 150
 MAX_TASKS = 16
-MAX_BYTES = 256 * 2**20  # of pixels, of all tasks together, where images keep their own size; a block more of each
+MAX_BYTES = 256 * 2**20  # of pixels, of all tasks together; a block more of each where images keep their own size
 PREDICT_SECONDS = 2.0  # at least
 MIN_BATCHES = 4  # that a slow network is timed with; more than one, since some are computed at once
-FEW_IMAGES = 8  # at least, where they have sizes of their own
+FEW_IMAGES = 8  # at least, where they are large or have sizes of their own
 PROBE_BYTES = 64 * 2**20  # at most
 FLOW_S = 4.0  # that Ray Data's own actors and the committer take to come up, on two cores (docs/performance.md)
 
@@ -90,28 +90,30 @@ def measure(config: JobConfig, spec: ModelSpec, dataset: Dataset, plan: Plan) ->
         counts = sum((found.counts for found in decoded), Counts())
         spent = sum((found.spent for found in decoded), Spent())
         size = sum(shard.size for shard in shards) / len(shards)
-        if not (counts.decoded and counts.measured and counts.num_bytes and size):
+        if not (counts.decoded and counts.held and size):
             return None
         timed = wait_for(_like_an_actor(_time_predictor, job).remote([found.block for found in decoded], job))
         if timed is None:
             return None
-        network_s, row_bytes, share = timed
-        bytes_per_image, predicted = counts.num_bytes / counts.measured, share * counts.decoded / counts.tried
+        network_s, rows, share = timed
+        readable = 1 - counts.unreadable / counts.read
+        bytes_per_image, predicted = counts.num_bytes / counts.held, share * readable * counts.decoded / counts.tried
         return Measured(
             images=sum(found.counts.decoded for found in decoded[: len(chosen)]),  # others read the first shard again
             bytes_per_image=bytes_per_image,
             predicted=predicted,
             read_wait_s=spent.read_wait_s / counts.read,
             read_cpu_s=spent.read_cpu_s / counts.read,
-            decode_cpu_s=spent.decode_cpu_s / counts.tried,
+            decode_cpu_s=spent.decode_cpu_s / counts.tried * readable,
             network_s=network_s,
-            row_bytes=row_bytes,
-            put_s=_put_seconds(dataset, row_bytes * predicted * size / bytes_per_image),
+            row_bytes=rows.row_bytes,
+            part_bytes=rows.part_bytes,
+            put_s=_put_seconds(dataset, rows.part_bytes + rows.row_bytes * predicted * size / bytes_per_image),
             start_up_s=start_up_s,
             engine=job.settings.engine,
             device=job.settings.device,
             batch_size=job.settings.batch_size,
-            actors=job.num_actors,
+            actors=actors_at_work(job, cluster),
             nodes=cluster.num_nodes,
             cores=cluster.num_cpus,
             commits_at_once=MAX_COMMITS * num_committers(cluster),
@@ -150,10 +152,9 @@ def _decode(chosen: Sequence[Shard], job: Job, cluster: Cluster) -> list[Decoded
     readers = _num_readers(cluster)
     decoding = ray.remote(num_cpus=decode_cpus(cluster, job.shares_cores))(read_and_decode)
     shares = [chosen[start::readers] or chosen[:1] for start in range(readers)]
-    answers = [
-        decoding.remote(share, job.config, job.spec.transform, IMAGES_PER_TASK, MAX_BYTES // readers)
-        for share in shares
-    ]
+    most = MAX_BYTES // readers
+    images = max(min(IMAGES_PER_TASK, most // job.image_bytes), FEW_IMAGES)
+    answers = [decoding.remote(share, job.config, job.spec.transform, images, most) for share in shares]
     return [wait_for(answer) for answer in answers]
 
 
@@ -161,8 +162,13 @@ def _load(job: Job) -> None:
     ResNetPredictor(job.spec, job.info, job.settings, decode=job.decoder)
 
 
-def _time_predictor(blocks: list[pa.Table], job: Job) -> tuple[float, float, float] | None:
-    """Seconds of one device for an image that it predicts, bytes of its row in a part, and the share of images that
+class _Sizes(NamedTuple):
+    row_bytes: float  # of a row in a part
+    part_bytes: float  # of a part besides its rows
+
+
+def _time_predictor(blocks: list[pa.Table], job: Job) -> tuple[float, _Sizes, float] | None:
+    """Seconds of one device for an image that it predicts, what its row takes in a part, and the share of images that
     are predicted. None where none is."""
     predictor = ResNetPredictor(job.spec, job.info, job.settings, decode=job.decoder)
     block, size, min_batches = pa.concat_tables(blocks), job.settings.batch_size, MIN_BATCHES
@@ -185,7 +191,7 @@ def _time_predictor(blocks: list[pa.Table], job: Job) -> tuple[float, float, flo
     if not predicted:
         return None
     rows_of_part = pieces.filter(pc.equal(pieces["kind"], Kind.SAMPLE))
-    return seconds / predicted * filled, _row_bytes(rows_of_part, job), predicted / images
+    return seconds / predicted * filled, _sizes(rows_of_part, job), predicted / images
 
 
 def full_batches(images: int, batch_size: int) -> tuple[int, float]:
@@ -196,16 +202,22 @@ def full_batches(images: int, batch_size: int) -> tuple[int, float]:
     return (images // batch_size * batch_size, 1.0) if images >= batch_size else (images, images / batch_size)
 
 
-def _row_bytes(pieces: pa.Table, job: Job) -> float:
+def _sizes(pieces: pa.Table, job: Job) -> _Sizes:
     """Of a part that holds these rows."""
     schema = part_schema(job.settings.columns)
     shard = pa.repeat(pa.scalar("sample"), pieces.num_rows)
     rows = pieces.set_column(pieces.schema.get_field_index("shard"), "shard", shard).select(schema.names)
+    half = rows.num_rows // 2
+    half_bytes, all_bytes = (_part_bytes(schema, table) for table in (rows.slice(0, half), rows))
+    row_bytes = (all_bytes - half_bytes) / (rows.num_rows - half)
+    return _Sizes(row_bytes, all_bytes - rows.num_rows * row_bytes)
+
+
+def _part_bytes(schema: pa.Schema, rows: pa.Table) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "part")
         write_parquet(path, schema, [rows.cast(schema)], Footer("sample", "", "", "", rows.num_rows, rows.num_rows, 0))
-        size: int = path.stat().st_size
-    return size / int(pieces.num_rows)
+        return path.stat().st_size
 
 
 def _put_seconds(dataset: Dataset, num_bytes: float) -> float:

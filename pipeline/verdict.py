@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,9 +12,10 @@ from pipeline.timing import Spent
 Bound = Literal["network", "decode", "read", "write", "start-up", "overhead"]
 
 MIN_SECONDS = 5.0  # of steady work; below that, starting up is what the time went into
-BUSY = 0.8  # of a device's time
+BUSY = 0.8  # of the time of a device, of readers or of cores
 IDLE = 0.5  # of the cores' time: with less work than that they bounded nothing
-WAITING = 0.4  # of the decoders' time, spent on a store's answers
+FEW = 1.5  # times as many cores as readers: else it makes no difference that they are fewer
+WAITING = 0.4  # of the readers' time, spent on a store's answers
 HELD_UP = 0.2  # of the time, in which commits kept everything else waiting
 
 
@@ -25,7 +27,9 @@ class Usage:
     start_up_s: float  # before that, once Ray was there
     write_s: float  # in which nothing could go on but commits
     cores: int
-    actors: int
+    shards: int
+    readers: float  # as `readers_at_once`
+    actors: int  # that have what they compute on
     device: str  # cpu or cuda
     precision: Precision
     spent: Spent
@@ -45,22 +49,35 @@ class Verdict:
         return f"{self.bound}{f' ({figures})' if figures else ''}. {self.advice}"
 
 
+def readers_at_once(sizes: Sequence[int]) -> float:
+    """How many shards of these sizes can be read at once on the average: each is read by one process, and the largest
+    one goes on while the others are done."""
+    return sum(sizes) / max(sizes) if any(sizes) else len(sizes)
+
+
 def judge(usage: Usage) -> Verdict:
     """The first thing that was at its limit, looked at from the output to the input."""
     spent, seconds = usage.spent, max(usage.seconds, 1e-3)
     cpu = usage.cores * seconds
+    readers = min(usage.readers, usage.cores) * seconds
     shares = {
         "actors at work": min(spent.predict_s / (usage.actors * seconds), 1.0),
         # What was done before the first results came is in `spent`, and its time is not in `seconds`.
         "cores at the network": min(spent.predict_cpu_s / cpu, 1.0),
         "cores at reading and decoding": min((spent.read_cpu_s + spent.decode_cpu_s) / cpu, 1.0),
-        "decoders waiting for the store": min(spent.read_wait_s / cpu, 1.0),
+        "readers waiting for the store": min(spent.read_wait_s / readers, 1.0),
         "held up by writing": min(usage.write_s / seconds, 1.0),
     }
+    if usage.shards < usage.cores or usage.readers < usage.cores / FEW:
+        decoding = spent.decode_cpu_s if usage.shards >= usage.cores else 0.0  # else it is a stage of its own
+        readers += min(usage.readers, usage.cores) * usage.start_up_s
+        shares["readers at work"] = min((spent.read_wait_s + spent.read_cpu_s + decoding) / readers, 1.0)
     bound = _bound(shares, usage)
     if bound == "start-up":  # most work was done before those few seconds: of them it could be 100 % and more
         shares = {}
     advice = _on_the_network(shares, usage) if bound == "network" else ADVICE[bound]
+    if bound == "read" and "readers at work" in shares and shares["readers at work"] >= BUSY:
+        advice = "Each shard is read by one process, and cores were left over: more shards, of about the same size."
     if bound == "decode" and usage.device == "cuda":
         advice = "The GPUs wait for decoding: more CPUs for each, or images stored closer to the network's size."
     return Verdict(bound, {name: round(share, 3) for name, share in shares.items()}, advice)
@@ -74,17 +91,19 @@ def _bound(shares: dict[str, float], usage: Usage) -> Bound:
     on_cpu = usage.device == "cpu"
     if not on_cpu and shares["actors at work"] >= BUSY:
         return "network"
-    if shares["decoders waiting for the store"] >= WAITING:
+    # With few shards reading is a stage of its own, and may wait while others compute what was read.
+    waits = usage.shards >= usage.cores and shares["readers waiting for the store"] >= WAITING
+    if waits or (shares.get("readers at work", 0.0) >= BUSY and _cores_at_work(shares, usage) < BUSY):
         return "read"
-    if _has_idle_cores(shares, usage):
+    if _cores_at_work(shares, usage) < IDLE:
         return "network" if shares["actors at work"] >= BUSY else "overhead"
     at_network = shares["cores at the network"] if on_cpu else 0.0
     return "network" if at_network >= shares["cores at reading and decoding"] else "decode"
 
 
-def _has_idle_cores(shares: dict[str, float], usage: Usage) -> bool:
+def _cores_at_work(shares: dict[str, float], usage: Usage) -> float:
     at_network = shares["cores at the network"] if usage.device == "cpu" else 0.0
-    return at_network + shares["cores at reading and decoding"] < IDLE
+    return at_network + shares["cores at reading and decoding"]
 
 
 def _on_the_network(shares: dict[str, float], usage: Usage) -> str:
@@ -93,7 +112,7 @@ def _on_the_network(shares: dict[str, float], usage: Usage) -> str:
     if usage.device == "cuda":
         lower = ", or model.precision=bfloat16 in a new dataset" if is_full else ""
         return f"The GPUs are busy: more of them{lower}."
-    if _has_idle_cores(shares, usage):
+    if _cores_at_work(shares, usage) < IDLE:
         return "To go faster: more actors (runtime.actors), since those that there are leave cores idle."
     lower = ", model.precision=int8 in a new dataset (bfloat16: on some CPUs)" if is_full else ""
     return f"To go faster: more cores, a GPU{lower}."

@@ -19,6 +19,7 @@ MEASURED = Measured(
     decode_cpu_s=1.7e-3,  # with Ray's share: 500 images/s of a core
     network_s=0.01,
     row_bytes=1500,
+    part_bytes=0,
     put_s=0.05,
     start_up_s=10,
     engine="openvino",
@@ -87,6 +88,26 @@ def test_what_bounds_it_is_named(changes: dict[str, float], bound: str) -> None:
     assert estimate(replace(MEASURED, **changes), SHARDS).bound == bound
 
 
+@pytest.mark.parametrize(
+    ("sizes", "readers"),
+    [([10**9], 1), ([10**9] * 3, 3), ([10**9, 10**8, 10**8], 1.2), ([10**9] * 16, 16), ([10**9] * 1000, 16)],
+)
+def test_a_shard_is_read_by_one_process(sizes: list[int], readers: float) -> None:
+    """Here from a slow store, or packed, so that a reader takes 2 ms for an image. Decoding is a stage of its own where
+    there are fewer shards than cores."""
+    slow = replace(GPU, cores=16, network_s=1e-5, read_wait_s=1.5e-3, read_cpu_s=0.5e-3)
+    at_once = 2e-3 if len(sizes) < 16 else 2e-3 + 1.9e-3
+    found = estimate(slow, sizes)
+    assert found.images_per_s == pytest.approx(readers / at_once, rel=0.01)
+    assert found.bound == "read"
+    busy = estimate(replace(slow, network_s=0.01), sizes)
+    assert (busy.images_per_s, busy.bound) == (pytest.approx(100), "network")
+
+
+def test_what_a_part_has_once_counts_for_every_shard() -> None:
+    assert estimate(replace(MEASURED, part_bytes=4000), SHARDS).output_bytes == 15_040_000
+
+
 def test_money_is_time_at_a_price() -> None:
     found = estimate(MEASURED, SHARDS, price_per_hour=36)
     assert found.cost == pytest.approx(found.seconds / 100, abs=0.01)
@@ -106,8 +127,10 @@ def test_nothing_gets_faster_by_getting_slower(sizes: list[int], name: str, meas
 def test_a_prediction_is_scored_only_by_the_run_that_it_is_about() -> None:
     found = estimate(MEASURED, SHARDS)
     prediction = asdict(found) | {"format": FORMAT}
-    assert is_about(prediction, SHARDS, "f" * 16)
-    assert not is_about(prediction, SHARDS[1:], "f" * 16)
-    assert not is_about(prediction, SHARDS, "e" * 16)
-    assert not is_about({"format": 0}, SHARDS, "f" * 16)
+    run = {"model_fingerprint": "f" * 16, "engine": "openvino", "cores": 2}
+    assert is_about(prediction, SHARDS, run)
+    assert not is_about(prediction, SHARDS[1:], run)
+    for name, other in (("model_fingerprint", "e" * 16), ("engine", "eager"), ("cores", 16)):
+        assert not is_about(prediction, SHARDS, run | {name: other})
+    assert not is_about({"format": 0}, SHARDS, run)
     assert score(prediction, found.seconds / 1.25, 100.0)["error"] == pytest.approx(0.25, abs=0.001)

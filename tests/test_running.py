@@ -28,6 +28,7 @@ def test_a_store_that_fails_after_the_last_commit_fails_no_run(
             raise failure
 
     dataset, report = Dataset(str(tmp_path), Failing()), RunReport("run", str(tmp_path))
+    report.usage = {"cores": 1, "actors": 1}
     caplog.set_level(logging.WARNING)
     assert _score(report, Plan([]), dataset, 1.0) == {}
     _leave(report, dataset, 0.0)

@@ -128,7 +128,7 @@ def test_what_is_compiled_is_timed_when_it_is_loaded_again(tmp_path: Path, monke
 
     monkeypatch.setattr(sampling, "prepare", settle)
     monkeypatch.setattr(sampling, "_load", load)
-    monkeypatch.setattr(sampling, "_time_predictor", lambda *_: (0.001, 10.0, 1.0))
+    monkeypatch.setattr(sampling, "_time_predictor", lambda *_: (0.001, sampling._Sizes(10.0, 0.0), 1.0))
     for engine, loads in (("compile", 2), ("eager", 1)):
         found = sampling.measure(config, *model_and_dataset(config), make_plan(config))
         assert found is not None
@@ -144,17 +144,17 @@ def job_of(folder: Path, **sections: Any) -> Job:
     return Job(config, spec, info, settings, 1, 0)
 
 
-def png(noise: random.Random) -> bytes:
+def png(noise: random.Random, side: int = 82) -> bytes:
     """Some 20 kB."""
     file = io.BytesIO()
-    Image.frombytes("RGB", (82, 82), noise.randbytes(82 * 82 * 3)).save(file, "PNG")
+    Image.frombytes("RGB", (side, side), noise.randbytes(side * side * 3)).save(file, "PNG")
     return file.getvalue()
 
 
 def test_images_of_their_own_size_are_taken_until_they_fill_the_share_of_a_task(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A block holds one image here. All are still counted, for the bytes of an image."""
+    """A block holds one image here. Of all shards those are still counted that they hold."""
     digits_tars(tmp_path, 2, 10, scale=4)
     transform = {"resize": None, "crop": None}
     job = job_of(tmp_path, model={"name": "resnet18", "weights": "random", "transform": transform})
@@ -164,8 +164,8 @@ def test_images_of_their_own_size_are_taken_until_they_fill_the_share_of_a_task(
     unbounded = read_and_decode(shards, job.config, job.spec.transform, 20, 100 * pixels)
     found = read_and_decode(shards, job.config, job.spec.transform, 20, 3 * pixels)
     size = shards[0].size + shards[1].size
-    assert unbounded.counts == Counts(read=20, tried=20, decoded=20, measured=20, num_bytes=size)
-    assert found.counts == Counts(read=10, tried=3, decoded=3, measured=10, num_bytes=shards[0].size)
+    assert unbounded.counts == Counts(read=20, tried=20, decoded=20, held=20, num_bytes=size)
+    assert found.counts == Counts(read=20, tried=3, decoded=3, held=20, num_bytes=size)
     assert found.block.num_rows == 3
 
 
@@ -173,6 +173,31 @@ def counts_of(folder: Path, images: int, **sections: Any) -> Counts:
     job = job_of(folder, **sections)
     shards = [task.shard for task in make_plan(job.config).tasks]
     return read_and_decode(shards, job.config, job.spec.transform, images, 10**9).counts
+
+
+def test_of_every_shard_at_least_one_image_is_decoded(tmp_path: Path) -> None:
+    """As where images are large, and few are taken of many shards."""
+    digits_tars(tmp_path, 4, 5)
+    found = counts_of(tmp_path, 2)
+    assert (found.tried, found.held) == (4, 20)
+
+
+@pytest.mark.parametrize("kilobytes", [60, 400, 900, 1500])
+def test_a_tar_of_large_images_is_counted_about_right(
+    kilobytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose reader stops anywhere in what it has read ahead."""
+    monkeypatch.setattr(sample_reading, "COUNTED_BYTES", 0)
+    noise = random.Random(0)
+    image = png(noise)
+    found: list[float] = []
+    for number in range(4):  # in padding that Pillow does not look at, and the images begin elsewhere
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        members = [(f"{n}.png", image + bytes(kilobytes * 1000 - len(image))) for n in range(20_000 // kilobytes)]
+        write_tar(folder / "a.tar", [("a.txt", bytes(number * 60_000)), *members])
+        found.append(counts_of(folder, 5).held / (20_000 // kilobytes))
+    assert sum(found) / 4 == pytest.approx(1, abs=0.06)
 
 
 @pytest.mark.parametrize("compression", [None, "gz"])
@@ -192,8 +217,26 @@ def test_a_tar_s_bytes_are_those_of_all_that_it_holds(
     monkeypatch.setattr(sample_reading, "COUNTED_BYTES", 4 * 2**20)
     found = counts_of(tmp_path, 10)
     assert (found.tried, found.decoded) == (10, 10)
-    assert 50 < found.measured < 300, "it was not read to its end"
-    assert found.num_bytes / found.measured == pytest.approx(path.stat().st_size / 400, rel=0.05)
+    assert 50 < found.read < 300, "it was not read to its end"
+    assert (found.held, found.num_bytes) == (pytest.approx(400, rel=0.05), path.stat().st_size)
+
+
+def test_shards_of_small_and_of_large_images_count_by_their_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of one kind come first, as where names say what is in them."""
+    noise = random.Random(0)
+    small, large = png(noise, 16), png(noise)
+    for number in range(2):
+        write_tar(tmp_path / f"a{number}.tar", [(f"{n}.png", small) for n in range(3000)])
+        write_tar(tmp_path / f"b{number}.tar", [(f"{n}.png", large) for n in range(300)])
+    monkeypatch.setattr(sample_reading, "COUNTED_BYTES", 2**20)
+    monkeypatch.setattr(sample_reading, "MIN_COUNTED_BYTES", 3 * 2**20)
+    found = counts_of(tmp_path, 40)
+    assert found.tried == 40
+    assert found.read < 5000, "they were not read to their ends"
+    assert found.held == pytest.approx(6600, rel=0.05)
+    assert found.num_bytes == sum(path.stat().st_size for path in tmp_path.glob("*.tar"))
 
 
 def test_a_parquet_file_says_how_many_rows_it_has(tmp_path: Path) -> None:
@@ -201,7 +244,51 @@ def test_a_parquet_file_says_how_many_rows_it_has(tmp_path: Path) -> None:
     images = [png(noise) for _ in range(300)]
     table = pa.table({"image": images, "text": pa.array([noise.randbytes(5000).hex() for _ in images])})
     pq.write_table(table, tmp_path / "a.parquet")
-    assert counts_of(tmp_path, 10) == Counts(10, 10, 10, 300, (tmp_path / "a.parquet").stat().st_size)
+    assert counts_of(tmp_path, 10) == Counts(10, 0, 10, 10, 300, (tmp_path / "a.parquet").stat().st_size)
+
+
+def test_rows_without_an_image_are_counted_as_what_they_are(tmp_path: Path) -> None:
+    noise = random.Random(0)
+    images = [png(noise) if number % 2 else None for number in range(300)]
+    pq.write_table(pa.table({"image": images}), tmp_path / "a.parquet")
+    assert counts_of(tmp_path, 20) == Counts(40, 20, 20, 20, 300, (tmp_path / "a.parquet").stat().st_size)
+    ended = counts_of(tmp_path, 1000)
+    assert (ended.read, ended.unreadable, ended.decoded, ended.held) == (300, 150, 150, 300)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_cannot_even_be_read_is_not_predicted(tmp_path: Path) -> None:
+    noise = random.Random(0)
+    images = [png(noise) if number % 4 else None for number in range(40)]
+    (tmp_path / "shards").mkdir()
+    pq.write_table(pa.table({"image": images}), tmp_path / "shards" / "a.parquet")
+    config = make_config(digits_config(tmp_path / "shards", tmp_path / "labels", **NOOP))
+    found = sampling.measure(config, *model_and_dataset(config), make_plan(config))
+    assert found is not None
+    assert found.predicted == 0.75
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_large_images_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else their pixels would be gigabytes, which the driver hands on."""
+    digits_tars(tmp_path / "shards", 4, 40)
+    monkeypatch.setattr(sampling, "MAX_BYTES", 2 * 9 * 3 * 32 * 32)
+    config = make_config(digits_config(tmp_path / "shards", tmp_path / "labels", **NOOP))
+    found = sampling.measure(config, *model_and_dataset(config), make_plan(config))
+    assert found is not None
+    assert 16 <= found.images <= 20
+
+
+def test_a_row_takes_no_share_of_what_a_part_has_once(tmp_path: Path) -> None:
+    digits_tars(tmp_path, 1, 400)
+    job = job_of(tmp_path, output={"embeddings": False})
+    shards = [task.shard for task in make_plan(job.config).tasks]
+    block = read_and_decode(shards, job.config, job.spec.transform, 400, 10**9).block
+    rows = ResNetPredictor(job.spec, job.info, job.settings)(block)
+    few, whole = sampling._sizes(rows.slice(0, 32), job), sampling._sizes(rows, job)
+    size = whole.part_bytes + 400 * whole.row_bytes  # as it was written
+    assert few.part_bytes + 400 * few.row_bytes == pytest.approx(size, rel=0.3)
+    assert few.part_bytes > size / 2, "of so small rows"
 
 
 def test_loose_files_are_known_from_their_listing(tmp_path: Path) -> None:
@@ -210,7 +297,7 @@ def test_loose_files_are_known_from_their_listing(tmp_path: Path) -> None:
         (tmp_path / f"{number}.png").write_bytes(png(noise))
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
     found = counts_of(tmp_path, 1)
-    assert (found.measured, found.num_bytes) == (30, size)
+    assert (found.held, found.num_bytes) == (30, size)
 
 
 @pytest.mark.usefixtures("ray_cluster")

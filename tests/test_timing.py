@@ -13,7 +13,7 @@ class Clock:
     """Time that passes when it is told to: in seconds, 0 at first."""
 
     def __init__(self) -> None:
-        self.wall = self.cpu = 0.0
+        self.wall = self.cpu = self.others_cpu = 0.0
 
     def perf_counter(self) -> float:
         return self.wall
@@ -21,7 +21,8 @@ class Clock:
     def thread_time(self) -> float:
         return self.cpu
 
-    process_time = thread_time
+    def process_time(self) -> float:
+        return self.cpu + self.others_cpu
 
     def wait(self, seconds: float) -> None:
         self.wall += seconds
@@ -49,6 +50,19 @@ def test_a_stopwatch_tells_waiting_from_work_and_stage_from_stage(clock: Clock) 
     clock.work(8)
     assert watch.take() == Spent(read_s=2, read_cpu_s=0, decode_s=4, decode_cpu_s=4)
     assert watch.take() == Spent()
+
+
+def test_what_other_threads_read_is_no_waiting(clock: Clock) -> None:
+    watch = Stopwatch()
+    watch.switch("read")
+    clock.wait(3)
+    clock.others_cpu += 2
+    watch.switch("decode")
+    clock.work(4)
+    clock.others_cpu += 1  # perhaps Ray's
+    watch.switch(None)
+    spent = watch.take()
+    assert (spent.read_cpu_s, spent.read_wait_s, spent.decode_cpu_s) == (2, 1, 4)
 
 
 def test_two_calls_at_once_are_one_time_of_work(clock: Clock) -> None:

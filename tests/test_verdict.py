@@ -7,9 +7,20 @@ from dataclasses import replace
 import pytest
 
 from pipeline.timing import Spent
-from pipeline.verdict import Usage, judge
+from pipeline.verdict import Usage, judge, readers_at_once
 
-CPU = Usage(seconds=100, start_up_s=10, write_s=0, cores=4, actors=1, device="cpu", precision="float32", spent=Spent())
+CPU = Usage(
+    seconds=100,
+    start_up_s=10,
+    write_s=0,
+    cores=4,
+    shards=40,
+    readers=40,
+    actors=1,
+    device="cpu",
+    precision="float32",
+    spent=Spent(),
+)
 GPU = replace(CPU, device="cuda")
 
 
@@ -45,8 +56,50 @@ def test_a_short_run_has_no_shares_of_its_time(usage: Usage) -> None:
 def test_waiting_for_a_core_is_not_waiting_for_the_store() -> None:
     """Twice as many processes as cores: everything takes twice its CPU time."""
     crowded = replace(CPU, spent=Spent(read_s=200, read_cpu_s=100, decode_s=560, decode_cpu_s=280))
-    assert judge(crowded).shares["decoders waiting for the store"] == 0
+    assert judge(crowded).shares["readers waiting for the store"] == 0
     assert judge(crowded).bound == "decode"
+
+
+@pytest.mark.parametrize(
+    ("spent", "bound"),
+    [
+        (Spent(95, 5, 20, 20, 50, 40), "read"),  # from a slow store
+        (Spent(95, 93, 20, 20, 50, 40), "read"),  # packed
+        (Spent(60, 5, 20, 20, 99, 350), "network"),
+        (Spent(60, 5, 350, 340, 50, 20), "decode"),
+        (Spent(60, 5, 20, 20, 50, 40), "overhead"),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_single_reader_may_be_the_limit(spent: Spent, bound: str, device: str) -> None:
+    """Of which the other cores see nothing."""
+    verdict = judge(replace(CPU, shards=1, readers=1, device=device, spent=spent))
+    assert verdict.bound == bound
+    assert ("more shards" in verdict.advice) == (bound == "read")
+
+
+def test_more_shards_are_not_advised_where_the_cores_are_full() -> None:
+    assert judge(replace(CPU, cores=2, shards=1, readers=1, spent=Spent(95, 93, 20, 20, 95, 80))).bound == "decode"
+
+
+def test_two_readers_on_three_cores_may_be_the_limit() -> None:
+    assert judge(replace(CPU, cores=3, shards=2, readers=2, spent=Spent(190, 10, 20, 20, 50, 40))).bound == "read"
+
+
+def test_what_a_reader_has_read_before_the_first_results_came_does_not_make_it_the_limit() -> None:
+    short = Usage(12, 12, 0, 2, 1, 1, 1, "cpu", "float32", Spent(10, 9, 2, 2, 12, 21))
+    assert judge(short).bound == "network"
+
+
+def test_one_large_shard_among_many_is_named() -> None:
+    """Its reader also decodes."""
+    verdict = judge(replace(CPU, readers=1.2, spent=Spent(25, 15, 95, 90, 60, 40)))
+    assert (verdict.bound, "of about the same size" in verdict.advice) == ("read", True)
+    similar = replace(CPU, cores=16, shards=16, readers=15.9, spent=Spent(40, 20, 1250, 1240, 60, 300))
+    assert judge(similar).bound == "decode", "all cores were at work"
+    assert readers_at_once([100, 5, 5, 5, 5]) == 1.2
+    assert readers_at_once([7, 7, 7]) == 3
+    assert readers_at_once([0, 0]) == 2, "sizes that a web server does not tell"
 
 
 def test_more_cpus_are_advised_only_where_the_gpu_waits() -> None:

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 NO_MEMORY = re.compile(
     "unable to find an engine to execute|STATUS_ALLOC_FAILED|ALLOCATOR_FAIL|CUBLAS_STATUS_NOT_INITIALIZED"
     "|CUDNN_STATUS_NOT_INITIALIZED|CUDA error: out of memory|CUDA out of memory"  # the last within a compiler's error
+    "|DefaultCPUAllocator: can't allocate memory"
 )
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -39,7 +39,7 @@ def choose_batch_size(spec: ModelSpec, info: ModelInfo, engine: str, device: str
     if known is not None:
         return known
     curve = dict(_curve(spec, info, engine, device))
-    chosen = knee(curve, device)
+    chosen = knee(curve, candidates(device, spec.input_size or 224)[0])
     found = {"batch_size": chosen, "images_per_s": {size: round(rate, 1) for size, rate in curve.items()}}
     log.info("runtime.batch_size: %s", found)
     keep("batch-sizes", _key(spec, engine, device), found)
@@ -73,11 +73,20 @@ def images_at_once(batch_size: int, height: int, width: int) -> int:
     return next(step * (images // step) for step in (ROWS, ROWS // 2, 1) if images >= step)
 
 
-def knee(curve: Mapping[int, float], device: str) -> int:
+def candidates(device: str, input_size: int) -> tuple[int, ...]:
+    """Batch sizes to try. On a CPU, whose memory is not asked about, no more pixels than as many images of 224 x 224
+    have: a large image is as fast alone, and each stream has a batch of them."""
+    if device != "cpu":
+        return CANDIDATES[device]
+    sizes = (min(size, images_at_once(size, input_size, input_size)) for size in CANDIDATES[device])
+    return tuple(dict.fromkeys(sizes))
+
+
+def knee(curve: Mapping[int, float], smallest: int) -> int:
     """The smallest batch size whose rate is nearly that of the best. Where not even the smallest candidate fitted, that
     one: the predictor goes on with less."""
     if not curve:
-        return CANDIDATES[device][0]
+        return smallest
     best = max(curve.values())
     return min(size for size, rate in curve.items() if rate >= ENOUGH * best)
 
@@ -87,7 +96,7 @@ def _curve(spec: ModelSpec, info: ModelInfo, engine: str, device: str) -> Iterat
     # Compiling takes a minute for each size and moves the knee little.
     engine = "eager" if engine == "compile" else engine
     per_image = 0.0
-    for size in CANDIDATES[device]:
+    for size in candidates(device, spec.input_size or 224):
         if size * per_image > LONGEST:
             return
         try:

@@ -13,7 +13,7 @@ from pipeline.config import JobConfig, make_config
 from pipeline.model import tuning
 from pipeline.model.engines import OutOfMemory, load_engine
 from pipeline.model.spec import make_spec
-from pipeline.model.tuning import choose_batch_size, knee
+from pipeline.model.tuning import candidates, choose_batch_size, knee
 from pipeline.model.zoo import resolve
 from tests.model.test_predictor import SPEC, Computing
 
@@ -30,7 +30,16 @@ from tests.model.test_predictor import SPEC, Computing
     ],
 )
 def test_the_knee_is_the_smallest_batch_that_is_about_as_fast_as_any(curve: dict[int, float], expected: int) -> None:
-    assert knee(curve, "cpu") == expected
+    assert knee(curve, 8) == expected
+
+
+@pytest.mark.parametrize(
+    ("side", "sizes"), [(32, (8, 32)), (224, (8, 32)), (448, (2, 8)), (600, (1, 4)), (1024, (1,)), (4000, (1,))]
+)
+def test_large_images_are_tried_alone_on_a_cpu(side: int, sizes: tuple[int, ...]) -> None:
+    """Eight of 1024 x 1024 on each of eight streams would take gigabytes."""
+    assert candidates("cpu", side) == sizes
+    assert candidates("cuda", side) == tuning.CANDIDATES["cuda"]
 
 
 def config() -> JobConfig:
