@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import logging
 import os
 import re
 import shutil
@@ -23,8 +22,6 @@ from typing import IO, NamedTuple, Protocol
 
 from pipeline.config import digest
 from pipeline.urls import local_path
-
-log = logging.getLogger(__name__)
 
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 
@@ -144,15 +141,11 @@ class LocalDisk:
 
 
 def _walk(folder: str, prefix: str, depth: int | None) -> Iterator[str]:
-    """Paths below a folder, through links. A folder that can't be read is an error, but for one whose name begins with
-    a dot, such as a disk's `.Trash-0`, which nobody asked for; one that is not there is empty."""
+    """Paths below a folder, through links. A folder that can't be read is an error; one that is not there is empty."""
 
     def failed(error: OSError) -> None:
-        if isinstance(error, FileNotFoundError | NotADirectoryError):
-            return
-        if "/." not in str(error.filename).removeprefix(folder.rstrip("/")) or prefix.startswith("."):
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
             raise error
-        log.warning("passed over: %s", error)
 
     above = folder.rstrip("/").count("/")
     for here, folders, names in os.walk(folder, followlinks=True, onerror=failed):

@@ -48,6 +48,10 @@ class Cluster:
     num_gpus: int
     is_here: bool = False  # its one node is that of this process
 
+    def actors_at_work(self, actors: int, device: str) -> int:
+        """Of so many those that have what they compute on: without a GPU of its own an actor waits."""
+        return min(actors, self.num_gpus) if device == "cuda" else actors
+
 
 class _Ours:
     """The connection that runs of this process have made: the last one of them ends it."""
@@ -91,13 +95,6 @@ def connected(config: JobConfig) -> Iterator[Cluster]:
         yield cluster
 
 
-def current() -> Cluster:
-    """The cluster that this process is connected to, as it is now."""
-    import ray
-
-    return describe(ray.nodes(), _this_node())
-
-
 @contextmanager
 def _connection(config: JobConfig) -> Iterator[Cluster]:
     import ray
@@ -111,7 +108,7 @@ def _connection(config: JobConfig) -> Iterator[Cluster]:
             _begin(config.runtime.address)
         OURS.users += ours
     try:
-        cluster = current()
+        cluster = describe(ray.nodes(), _this_node())
         if not cluster.is_here:
             _refuse_local_paths(config)
         yield cluster

@@ -187,7 +187,7 @@ class Run:
             cores=cluster.num_cpus,
             shards=len(self._tasks),
             readers=readers_at_once([task.shard.size for task in self._tasks]),
-            actors=actors,
+            actors=cluster.actors_at_work(actors, device),
             device=device,
             precision=precision,
             spent=spent,

@@ -101,11 +101,6 @@ class Job:
 _Settled = tuple[ModelSpec, ModelInfo, PredictorSettings]
 
 
-def actors_at_work(job: Job, cluster: Cluster) -> int:
-    """Those that have what they compute on: without a GPU of its own an actor waits."""
-    return min(job.num_actors, cluster.num_gpus) if job.num_gpus else job.num_actors
-
-
 def prepare(
     config: JobConfig,
     spec: ModelSpec,

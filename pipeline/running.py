@@ -13,7 +13,7 @@ from functools import partial
 from importlib import import_module
 
 from pipeline.backends import deadline
-from pipeline.cluster import Cluster, connected, current, terminable
+from pipeline.cluster import Cluster, connected, terminable
 from pipeline.config import JobConfig
 from pipeline.errors import ExitCode, NotFound, PipelineError, TransientError, clean, redact
 from pipeline.estimation import PREDICTION, is_about, score
@@ -114,7 +114,7 @@ def _with_absolute_files(config: JobConfig, spec: ModelSpec) -> JobConfig:
 def _execute(
     plan: Plan, config: JobConfig, spec: ModelSpec, dataset: Dataset, cluster: Cluster, report: RunReport
 ) -> None:
-    from pipeline.preparation import actors_at_work, prepare
+    from pipeline.preparation import prepare
 
     import_ray_data = partial(import_module, "pipeline.flow")  # while a worker settles what it is asked
     job = prepare(config, spec, cluster, [task.shard for task in plan.tasks], meanwhile=import_ray_data)
@@ -141,8 +141,7 @@ def _execute(
         driving = driver.Run(plan.tasks, config, context, cluster, counter)
         try:
             driving.loop(partial(flow.execute, flow.pieces(plan.tasks, job, cluster, driving.notes)))
-            now = current()  # it may have grown
-            usage = driving.usage(now, actors_at_work(job, now), settings.device, spec.precision)
+            usage = driving.usage(cluster, job.num_actors, settings.device, spec.precision)
             if usage is not None:
                 report.usage, report.verdict = asdict(usage), str(judge(usage))
         except KeyboardInterrupt:

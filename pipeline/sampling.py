@@ -34,7 +34,7 @@ from pipeline.model.spec import ModelSpec
 from pipeline.outputs.dataset import Dataset
 from pipeline.outputs.schema import Footer, part_schema, write_parquet
 from pipeline.planning import Plan
-from pipeline.preparation import WAITING_CPUS, Job, actors_at_work, decode_cpus, prepare
+from pipeline.preparation import WAITING_CPUS, Job, decode_cpus, prepare
 from pipeline.rows import Kind
 from pipeline.sample_reading import Counts, Decoded, read_and_decode
 from pipeline.storage import Store
@@ -113,7 +113,7 @@ def measure(config: JobConfig, spec: ModelSpec, dataset: Dataset, plan: Plan) ->
             engine=job.settings.engine,
             device=job.settings.device,
             batch_size=job.settings.batch_size,
-            actors=actors_at_work(job, cluster),
+            actors=cluster.actors_at_work(job.num_actors, job.settings.device),
             nodes=cluster.num_nodes,
             cores=cluster.num_cpus,
             commits_at_once=MAX_COMMITS * num_committers(cluster),

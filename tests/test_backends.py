@@ -199,27 +199,6 @@ def test_a_folder_that_cannot_be_read_is_an_error_and_not_empty(mode: int) -> No
             os.seteuid(0)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user for a moment")
-def test_a_hidden_folder_that_cannot_be_read_is_passed_over_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        closed = Path(folder, "open", ".Trash-0")
-        (closed / "deep").mkdir(parents=True)
-        (closed / "x.jpg").write_bytes(b"x")
-        (closed.parent / "y.jpg").write_bytes(b"y")
-        closed.chmod(0o700)
-        Path(folder).chmod(0o755)
-        os.seteuid(65534)
-        try:
-            assert [info.url for info in Store().find(folder)] == [f"file://{folder}/open/y.jpg"]
-            assert "passed over: [Errno 13] Permission denied" in caplog.text
-            with pytest.raises(AccessDenied):  # which was asked for
-                Store().find(str(closed))
-            with pytest.raises(AccessDenied):
-                list(Store().each_match(f"{folder}/open/.T*/*.jpg"))
-        finally:
-            os.seteuid(0)
-
-
 def test_a_glob_does_not_look_deeper_than_its_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a/b/c", "a/x.tar", "d/y.tar"):
         Store().put(str(tmp_path / name / "z.tar"), b"")

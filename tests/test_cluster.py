@@ -111,6 +111,12 @@ def test_what_another_node_may_know_otherwise_is_asked_of_a_worker() -> None:
     assert not describe([mine | {"Resources": {}}, other], "a").is_here, "a head that does no work"
 
 
+def test_an_actor_without_a_gpu_is_not_at_work() -> None:
+    cluster = Cluster(2, 16, 2)
+    assert [cluster.actors_at_work(8, device) for device in ("cuda", "cpu")] == [2, 8]
+    assert cluster.actors_at_work(1, "cuda") == 1
+
+
 def test_what_our_servers_are_started_with_stays_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SET", "by the caller")
     monkeypatch.delenv("NEW", raising=False)

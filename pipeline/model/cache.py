@@ -134,11 +134,17 @@ def keep(kind: str, key: str | None, value: Any) -> None:
 
 
 def recall(kind: str, key: str | None) -> Any | None:
-    """What was kept under this name, None if nothing was."""
+    """What was kept under this name, None if nothing was, or nothing that can be read."""
     if key is None:
         return None
     path = cache_path(kind) / f"{key}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        log.warning("cannot read %s: %s", path, clean(error))
+        return None
 
 
 def fetch(url: str, storage: Storage, sha256: str | None = None, advice: str = WEIGHTS_ADVICE) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,10 @@ def find_file(path: str, directory: Path | None, key: str) -> Path:
     tried = [(folder / given).absolute() for folder in (directory, Path.cwd()) if folder is not None]
     for candidate in dict.fromkeys(tried):
         try:
-            if candidate.is_file():
+            if stat.S_ISREG(candidate.stat().st_mode):
                 return candidate
+        except (FileNotFoundError, NotADirectoryError):
+            pass
         except OSError as error:  # a folder that may not be looked into, a name that is too long
             raise ConfigError(f"{key}: cannot look for {candidate}: {clean(error)}.") from error
     places = " or ".join(str(p) for p in dict.fromkeys(tried))

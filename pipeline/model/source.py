@@ -229,15 +229,16 @@ def _files(path: Path, module: str) -> dict[str, bytes]:
         found: Iterable[Path] = [path]
     else:
         found = (folder / name).rglob("*.py") if folder != path.parent else folder.glob("*.py")
-    relative = [file.relative_to(folder) for file in found if file.is_file()]
+    relative = [file.relative_to(folder) for file in found]
     contents = {file: _content(folder / file) for file in relative if not any(p.startswith(".") for p in file.parts)}
     return {file.as_posix(): content for file, content in contents.items() if content is not None}
 
 
 def _content(path: Path) -> bytes | None:
-    """None for what this user may not read: a neighbour's script. A network that imports it says so then."""
+    """None for what is no file, and for what this user may not read, a neighbour's script: a network that imports it
+    says so then."""
     with suppress(PermissionError):
-        return path.read_bytes()
+        return path.read_bytes() if path.is_file() else None
     return None
 
 

@@ -268,21 +268,22 @@ def match_keys(state: StateDict, own: Iterable[str]) -> StateDict:
 
     Prefixes are taken off one layer at a time; the layer at which most keys are the network's own is the right one. A
     prefix that is none of the usual ones is taken off where all of the network lies under it. Where all of the network,
-    or all but its head, came from under a prefix, what lay beside it is something else's, such as the loss's.
-    WeightsError for several networks.
+    or all but its head, came from under a prefix, what lay beside it is something else's, such as the loss's. Where
+    that may be the head that was trained, the network's own is left out as well. WeightsError for several networks.
     """
-    wanted = {key for key in own if not (key.endswith(COUNTERS) or _is_extra(key))}
-    found, beside = max(_layers(state), key=lambda layer: len(wanted & layer[0].keys()))
-    if not wanted & found.keys():
-        found, beside = _under_a_name(state, wanted) or (found, beside)
-    if not beside or not beside.isdisjoint(wanted) or not _is_network_of(found.keys() - beside, wanted):
+    wanted = [key for key in own if not (key.endswith(COUNTERS) or _is_extra(key))]
+    found, beside = max(_layers(state), key=lambda layer: len(layer[0].keys() & {*wanted}))
+    if found.keys().isdisjoint(wanted):
+        found, beside = _under_a_name(state, {*wanted}) or (found, beside)
+    if not beside or not beside.isdisjoint(wanted) or not _is_network_of(found.keys() - beside, {*wanted}):
         return found
     log.warning("the weights hold more than the network, which is left out%s", _listed("beside it", sorted(beside)))
-    kept = {key: value for key, value in found.items() if key not in beside}
-    head = _doubtful_head(kept, {key: found[key] for key in beside}, wanted)
-    if head is not None:
-        log.warning("the head may be among them: %s is left out as well, so that there are no predictions", head)
-    return StateDict(((key, value) for key, value in kept.items() if _module_of(key) != head), found._metadata)
+    others = _others_head(found, wanted, beside)
+    if others is not None:
+        head = _module_of(_last_matrix(found, wanted) or "")
+        log.warning("%s may be the head that was trained, so %s is left out: there are no predictions", others, head)
+        beside = beside | {key for key in found if _module_of(key) == head}
+    return StateDict(((key, value) for key, value in found.items() if key not in beside), found._metadata)
 
 
 def _is_network_of(keys: AbstractSet[str], wanted: set[str]) -> bool:
@@ -298,30 +299,37 @@ def _module_of(key: str) -> str:
 
 def _under_a_name(state: StateDict, wanted: set[str]) -> tuple[StateDict, set[str]] | None:
     """The state without the prefix that a whole network lies under, `cnn.` for one, and the keys that lie beside."""
-    longest = max(wanted, key=len, default="")
-    prefixes = [key.removesuffix(longest) for key in state if key.endswith(f".{longest}")]
-    prefixes = [
-        prefix
-        for prefix in prefixes
-        if _is_network_of({key.removeprefix(prefix) for key in state if key.startswith(prefix)} & wanted, wanted)
-    ]
+    prefixes = {key.removesuffix(end) for key in state for end in wanted if key.endswith(f".{end}")}
+    prefixes = {prefix for prefix in prefixes if _is_network_of({key.removeprefix(prefix) for key in state}, wanted)}
     if len(prefixes) > 1:
-        raise WeightsError(
-            f"the weights hold the network several times, under {', '.join(prefixes)}. Save the one that is meant."
-        )
+        names = ", ".join(sorted(prefixes))
+        raise WeightsError(f"the weights hold the network several times, under {names}. Save the one that is meant.")
     if not prefixes:
         return None
-    beside = {key for key in state if not key.startswith(prefixes[0])}
-    return state.renamed(lambda key: key.removeprefix(prefixes[0])), beside
+    (prefix,) = prefixes
+    beside = {key for key in state if not key.startswith(prefix)}
+    return state.renamed(lambda key: key.removeprefix(prefix)), beside
 
 
-def _doubtful_head(network: Mapping[str, Any], beside: Mapping[str, Any], wanted: set[str]) -> str | None:
-    """The network's last linear layer where one that lay beside takes what that one takes or returns: perhaps it is the
-    head that was trained."""
-    is_matrix = {key for key, value in [*network.items(), *beside.items()] if getattr(value, "ndim", 0) == 2}
-    widths = {value.shape[1] for key, value in beside.items() if key in is_matrix and key.endswith("weight")}
-    last = next((key for key in reversed([*network]) if key in is_matrix & wanted), None)
-    return _module_of(last) if last is not None and widths & {*network[last].shape} else None
+def _others_head(found: Mapping[str, Any], wanted: Sequence[str], beside: AbstractSet[str]) -> str | None:
+    """What lies beside a whole network and is as wide as what its last linear layer takes or returns; None if nothing
+    does. That of another copy of the network, a teacher or an average, is nothing."""
+    last = _last_matrix(found, wanted)
+    if last is None or not found.keys() >= {*wanted}:
+        return None
+    copies = (f".{last}", f".{last.replace('.', '')}")  # the second for averages that are stored without these dots
+    widths = {*found[last].shape}
+    others = (key for key in sorted(beside) if _is_matrix(found[key]) and not key.endswith(copies))
+    return next((key for key in others if widths & {*found[key].shape}), None)
+
+
+def _last_matrix(found: Mapping[str, Any], wanted: Sequence[str]) -> str | None:
+    """In the order of the network's own, which a file need not keep."""
+    return next((key for key in reversed(wanted) if _is_matrix(found.get(key))), None)
+
+
+def _is_matrix(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 2
 
 
 def _layers(state: StateDict) -> Iterator[tuple[StateDict, set[str]]]:
@@ -394,7 +402,7 @@ def _advice(missing: Sequence[str], unexpected: Sequence[str]) -> str:
     """A layer, usually the head, may have been replaced by several."""
     modules = {_module_of(key) for key in missing}
     name = next(iter(modules), "")
-    if len(modules) != 1 or not unexpected or not all(key.startswith(f"{name}.") for key in unexpected):
+    if len(modules) != 1 or not unexpected or not all(_module_of(key).startswith(f"{name}.") for key in unexpected):
         return "Check model.name and model.num_classes."
     return (
         f"Its {name} was replaced by other layers before it was trained: give model.name a callable that builds the"

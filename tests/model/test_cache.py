@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.config import Storage
 from pipeline.errors import AccessDenied, FatalError, WeightsError
-from pipeline.model.cache import cache_directory, fetch, keep, new_file, new_folder
+from pipeline.model.cache import cache_directory, fetch, keep, new_file, new_folder, recall
 from pipeline.model.torch_engine import _compiler_cache
 from pipeline.storage import Store
 from tests.model.helpers import output_of, python
@@ -60,6 +60,15 @@ def test_a_cache_that_was_filled_beforehand_is_only_read(tmp_path: Path, cache: 
     (cache / "models").write_text("")
     keep("models", "a", 1)
     assert "found again in every process: cannot write to the cache directory" in caplog.text
+
+
+def test_what_cannot_be_read_is_found_again(cache: Path, caplog):
+    keep("info", "a", {"classes": 3})
+    assert recall("info", "a") == {"classes": 3}
+    (cache / "info" / "a.json").write_text('{"cla')
+    (cache / "info" / "b.json").mkdir()
+    assert recall("info", "a") is recall("info", "b") is recall("info", "c") is recall("none", "a") is None
+    assert caplog.text.count("cannot read") == 2
 
 
 def test_a_damaged_copy_is_fetched_again(tmp_path: Path, serve):

@@ -227,15 +227,29 @@ def filled(state: dict[str, torch.Tensor]) -> tuple[torch.nn.Module, str | None]
     return other, fill(other, match_keys(parse(saved({"state_dict": state}), "a.pth"), other.state_dict()), "a.pth")
 
 
-@pytest.mark.parametrize(("features", "is_doubtful"), [(7, True), (512, True), (3, False)])
+@pytest.mark.parametrize("prefix", ["backbone.", "cnn."])
+@pytest.mark.parametrize(
+    ("name", "shape", "is_head"),
+    [
+        ("classifier.weight", (10, 7), True),
+        ("classifier.weight", (10, 512), True),
+        ("teacher.layer4.0.conv1.weight", (512, 1024, 1, 1), False),
+        ("head.kernel", (512, 10), True),
+        ("classifier.parametrizations.weight.original1", (10, 512), True),
+        ("criterion.weight", (7,), False),
+        ("criterion.confusion", (3, 3), False),
+        ("average.module.fc.weight", (7, 512), False),
+        ("teacher.fc.weight", (7, 512), False),
+        ("model_ema.fcweight", (7, 512), False),
+    ],
+)
 def test_a_layer_that_may_be_the_trained_head_leaves_no_predictions(
-    features: int, is_doubtful: bool, caplog: pytest.LogCaptureFixture
+    prefix: str, name: str, shape: tuple[int, ...], is_head: bool, caplog: pytest.LogCaptureFixture
 ):
-    """Lightning, with a whole network as backbone and a layer behind it, or in place of its own."""
-    beside = {"classifier.weight": torch.ones(10, features), "classifier.bias": torch.ones(10)}
-    other, lacks = filled(prefixed("backbone.") | beside)
-    assert lacks == ("fc" if is_doubtful else None)
-    assert ("the head may be among them" in caplog.text) == is_doubtful
+    """Lightning, with a whole network as backbone and a layer behind it, or in place of its own; or with a copy."""
+    other, lacks = filled(prefixed(prefix) | {name: torch.ones(shape)})
+    assert lacks == ("fc" if is_head else None)
+    assert (f"{name} may be the head that was trained, so fc is left out" in caplog.text) == is_head
     assert torch.equal(other.state_dict()["conv1.weight"], network().state_dict()["conv1.weight"])
 
 
@@ -253,6 +267,10 @@ def test_a_head_that_was_replaced_by_several_layers_is_named():
     state = network().state_dict()
     state |= {"fc.1.weight": state.pop("fc.weight"), "fc.1.bias": state.pop("fc.bias")}
     with pytest.raises(WeightsError, match=r"Its fc was replaced by other layers.* a callable that builds"):
+        filled(state)
+    state = network().state_dict()
+    state |= {"fc.weight_orig": state["fc.weight"], "fc.weight_mask": state.pop("fc.weight")}
+    with pytest.raises(WeightsError, match=r"missing in the weights: fc.weight.* Check model.name"):
         filled(state)
 
 
