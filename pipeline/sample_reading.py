@@ -23,7 +23,7 @@ from pipeline.timing import Spent
 
 log = logging.getLogger(__name__)
 
-COUNTED_BYTES = 32 * 2**20  # of a reader's tars together, compressed or not, to know how many images they hold
+COUNTED_BYTES = 64 * 2**20  # of a reader's tars together, compressed or not, to know how many images they hold
 MIN_COUNTED_BYTES = 4 * 2**20  # of each: some times what its reader reads at once
 UNREADABLE = 20  # times as many images as are wanted are read where too few of them can be
 
