@@ -14,9 +14,7 @@ import re
 import socket
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,42 +23,16 @@ from torch import Tensor, nn
 
 from pipeline.errors import WeightsError, clean, redact
 from pipeline.model.cache import check_sha256, fetch, file_sha256, lock
+from pipeline.model.keys import COUNTERS, StateDict, is_extra, listed, module_of
 from pipeline.model.spec import ModelSpec, suffix_of
 from pipeline.model.stand_ins import NotPlain, holds_stand_in, safe_globals
 from pipeline.urls import is_local
 
 log = logging.getLogger(__name__)
 
-
-class StateDict(dict[str, Any]):
-    """Tensors by key, the plain values of `get_extra_state` among them, and what torch keeps beside: the version of the
-    code that wrote each module, by its path. Modules look at it to convert what an older version has written."""
-
-    def __init__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), metadata: Any = None) -> None:
-        super().__init__(values)
-        # Nothing but versions is taken from a file: torch does other things as well that are asked for here.
-        self._metadata = {
-            path: {"version": module["version"]}
-            for path, module in (metadata.items() if isinstance(metadata, Mapping) else ())
-            if isinstance(path, str) and isinstance(module, Mapping) and isinstance(module.get("version"), int)
-        }
-
-    def renamed(self, rename: Callable[[str], str]) -> StateDict:
-        """With other keys; `rename` is also given the paths of modules, with a dot at their end."""
-        versions = {rename(f"{path}.").removesuffix("."): version for path, version in self._metadata.items()}
-        return StateDict(((rename(key), value) for key, value in self.items()), versions)
-
-
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "module", "weights")
 # Names that are looked at where none of those is there: of a network, and of the average of one.
 OWN, AVERAGED = ("params", "state"), ("params_ema", "ema")
-PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.", "backbone.", "encoder.", "resnet.")
-# What DataParallel, Fabric, torch.compile, FSDP and checkpointing put before the names of what they wrap, which may be
-# any module inside.
-INSERTED = re.compile(r"\b(?:module|_(?:forward_module|orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module))\.")
-COUNTERS = ("num_batches_tracked", "n_averaged")
-EXTRA = "_extra_state"  # torch's name for what a module keeps besides tensors
-SHOWN_KEYS = 10
 # How files begin that are often found under a checkpoint's name.
 OTHER_FILES = {
     rb"$": "it is empty. Fetch it again",
@@ -90,9 +62,8 @@ def load_torchvision(full_name: str, sha256: str | None = None) -> StateDict:
 
     weights = get_weight(full_name)
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-    fetching = (
-        contextlib.nullcontext() if path.is_file() else lock(weights.url)
-    )  # torch.hub, too, renames what is whole
+    # torch.hub, too, gives a name only to what is whole.
+    fetching = contextlib.nullcontext() if path.is_file() else lock(weights.url)
     # Ray shows a worker's stdout on the driver's, which may be JSON, and torch.hub prints.
     with fetching, contextlib.redirect_stdout(sys.stderr), _socket_timeout(DOWNLOAD_TIMEOUT_S):
         try:
@@ -219,7 +190,7 @@ def _state_in(saved: Any, depth: int = 8) -> StateDict:
         return StateDict()
     inner = next(filter(None, (_state_in(saved.get(key), depth - 1) for key in WRAPPERS)), None)
     return inner or StateDict(
-        ((str(key), value) for key, value in saved.items() if isinstance(value, Tensor) or _is_extra(str(key))),
+        ((str(key), value) for key, value in saved.items() if isinstance(value, Tensor) or is_extra(str(key))),
         getattr(saved, "_metadata", None),
     )
 
@@ -230,7 +201,7 @@ def _lone_state(checkpoint: Mapping[Any, Any], name: str) -> StateDict | None:
     inner = {
         str(key): _state_in(value)
         for key, value in checkpoint.items()
-        if not _is_extra(str(key)) and (str(key) in (*OWN, *AVERAGED) or _is_of_tensors(value))
+        if not is_extra(str(key)) and (str(key) in (*OWN, *AVERAGED) or _is_of_tensors(value))
     }
     inner = {key: state for key, state in inner.items() if _is_network(state)}
     own = [key for key in OWN if key in inner]
@@ -247,7 +218,7 @@ def _lone_state(checkpoint: Mapping[Any, Any], name: str) -> StateDict | None:
 def _is_of_tensors(value: Any) -> bool:
     """Whether it can be a state_dict; what an optimizer keeps lies one step deeper, beside plain values."""
     return isinstance(value, Mapping) and all(
-        isinstance(key, str) and (isinstance(found, Tensor) or _is_extra(key)) for key, found in value.items()
+        isinstance(key, str) and (isinstance(found, Tensor) or is_extra(key)) for key, found in value.items()
     )
 
 
@@ -259,93 +230,8 @@ def _is_network(state: StateDict) -> bool:
 def _check_extras(state: StateDict, name: str) -> None:
     """WeightsError if a module would be given something else than it has stored."""
     for key, value in state.items():
-        if _is_extra(key) and holds_stand_in(value):
+        if is_extra(key) and holds_stand_in(value):
             raise _pickled(name, f"Among them is what a module is to be given as {key}.")
-
-
-def match_keys(state: StateDict, own: Iterable[str]) -> StateDict:
-    """The state with those wrappers' prefixes removed (DataParallel, torch.compile, FSDP, Lightning) that `own` lacks.
-
-    Prefixes are taken off one layer at a time; the layer at which most keys are the network's own is the right one. A
-    prefix that is none of the usual ones is taken off where all of the network lies under it. Where all of the network,
-    or all but its head, came from under a prefix, what lay beside it is something else's, such as the loss's. Where
-    that may be the head that was trained, the network's own is left out as well. WeightsError for several networks.
-    """
-    wanted = [key for key in own if not (key.endswith(COUNTERS) or _is_extra(key))]
-    found, beside = max(_layers(state), key=lambda layer: len(layer[0].keys() & {*wanted}))
-    if found.keys().isdisjoint(wanted):
-        found, beside = _under_a_name(state, {*wanted}) or (found, beside)
-    if not beside or not beside.isdisjoint(wanted) or not _is_network_of(found.keys() - beside, {*wanted}):
-        return found
-    log.warning("the weights hold more than the network, which is left out%s", _listed("beside it", sorted(beside)))
-    others = _others_head(found, wanted, beside)
-    if others is not None:
-        head = _module_of(_last_matrix(found, wanted) or "")
-        log.warning("%s may be the head that was trained, so %s is left out: there are no predictions", others, head)
-        beside = beside | {key for key in found if _module_of(key) == head}
-    return StateDict(((key, value) for key, value in found.items() if key not in beside), found._metadata)
-
-
-def _is_network_of(keys: AbstractSet[str], wanted: set[str]) -> bool:
-    """Whether these are all keys that are wanted, but perhaps for those of one module, the head."""
-    modules = {_module_of(key) for key in wanted - keys}
-    found = wanted & keys
-    return not modules or (bool(found) and len(modules) == 1 and not any(_module_of(key) in modules for key in found))
-
-
-def _module_of(key: str) -> str:
-    return key.rpartition(".")[0]
-
-
-def _under_a_name(state: StateDict, wanted: set[str]) -> tuple[StateDict, set[str]] | None:
-    """The state without the prefix that a whole network lies under, `cnn.` for one, and the keys that lie beside."""
-    prefixes = {key.removesuffix(end) for key in state for end in wanted if key.endswith(f".{end}")}
-    prefixes = {prefix for prefix in prefixes if _is_network_of({key.removeprefix(prefix) for key in state}, wanted)}
-    if len(prefixes) > 1:
-        names = ", ".join(sorted(prefixes))
-        raise WeightsError(f"the weights hold the network several times, under {names}. Save the one that is meant.")
-    if not prefixes:
-        return None
-    (prefix,) = prefixes
-    beside = {key for key in state if not key.startswith(prefix)}
-    return state.renamed(lambda key: key.removeprefix(prefix)), beside
-
-
-def _others_head(found: Mapping[str, Any], wanted: Sequence[str], beside: AbstractSet[str]) -> str | None:
-    """What lies beside a whole network and is as wide as what its last linear layer takes or returns; None if nothing
-    does. That of another copy of the network, a teacher or an average, is nothing."""
-    last = _last_matrix(found, wanted)
-    if last is None or not found.keys() >= {*wanted}:
-        return None
-    copies = (f".{last}", f".{last.replace('.', '')}")  # the second for averages that are stored without these dots
-    widths = {*found[last].shape}
-    others = (key for key in sorted(beside) if _is_matrix(found[key]) and not key.endswith(copies))
-    return next((key for key in others if widths & {*found[key].shape}), None)
-
-
-def _last_matrix(found: Mapping[str, Any], wanted: Sequence[str]) -> str | None:
-    """In the order of the network's own, which a file need not keep."""
-    return next((key for key in reversed(wanted) if _is_matrix(found.get(key))), None)
-
-
-def _is_matrix(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 2
-
-
-def _layers(state: StateDict) -> Iterator[tuple[StateDict, set[str]]]:
-    """The state with one prefix after the other off, as it is and without what torch inserts; and the keys of each that
-    did not have its prefix."""
-    for begin in (state, state.renamed(partial(INSERTED.sub, ""))):
-        layer, beside, is_new = begin, set[str](), True
-        while is_new and len(layer) == len(state):  # else two keys have become one
-            yield layer, beside
-            beside = {key for key in layer if _without_prefix(key) == key}
-            stripped = layer.renamed(_without_prefix)
-            layer, is_new = stripped, stripped.keys() != layer.keys()
-
-
-def _without_prefix(key: str) -> str:
-    return next((key.removeprefix(prefix) for prefix in PREFIXES if key.startswith(prefix)), key)
 
 
 def fill(network: nn.Module, state: Mapping[str, Any], name: str) -> str | None:
@@ -371,7 +257,7 @@ def fill(network: nn.Module, state: Mapping[str, Any], name: str) -> str | None:
     absent = [key for key in absent if key in own and key not in shapes]
     stored = {value.data_ptr() for key, value in own.items() if key not in absent}
     missing = [key for key in absent if not key.endswith(COUNTERS) and own[key].data_ptr() not in stored]
-    unexpected = [key for key in unknown if not (key.endswith(COUNTERS) or _is_extra(key))]
+    unexpected = [key for key in unknown if not (key.endswith(COUNTERS) or is_extra(key))]
     if not (missing or unexpected or shapes):
         return None
     unfilled = None if unexpected or shapes else _linear_of(network, missing)
@@ -391,18 +277,18 @@ def misfit(
 ) -> WeightsError:
     return WeightsError(
         f"the weights {redact(name)} do not fit the network"
-        + _listed("missing in the weights", missing)
-        + _listed("unknown to the network", unexpected)
-        + _listed("of another shape", shapes)
+        + listed("missing in the weights", missing)
+        + listed("unknown to the network", unexpected)
+        + listed("of another shape", shapes)
         + f". {_advice(missing, unexpected)}"
     )
 
 
 def _advice(missing: Sequence[str], unexpected: Sequence[str]) -> str:
     """A layer, usually the head, may have been replaced by several."""
-    modules = {_module_of(key) for key in missing}
+    modules = {module_of(key) for key in missing}
     name = next(iter(modules), "")
-    if len(modules) != 1 or not unexpected or not all(_module_of(key).startswith(f"{name}.") for key in unexpected):
+    if len(modules) != 1 or not unexpected or not all(module_of(key).startswith(f"{name}.") for key in unexpected):
         return "Check model.name and model.num_classes."
     return (
         f"Its {name} was replaced by other layers before it was trained: give model.name a callable that builds the"
@@ -418,7 +304,7 @@ def _check_plain(own: Mapping[str, Tensor], state: Mapping[str, Any], name: str)
     ]
     if odd:
         raise WeightsError(
-            f"the weights {redact(name)} are not stored as plain numbers{_listed('that are something else', odd)}. Save"
+            f"the weights {redact(name)} are not stored as plain numbers{listed('that are something else', odd)}. Save"
             " those of the network before it was quantised or pruned."
         )
 
@@ -446,15 +332,4 @@ def _has_shape(stored: Tensor, shape: torch.Size) -> bool:
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by key, without what a module keeps besides (`get_extra_state`)."""
     state = network.state_dict()
-    return {key: value for key, value in state.items() if isinstance(value, Tensor) and not _is_extra(key)}
-
-
-def _is_extra(key: str) -> bool:
-    return key.rpartition(".")[2] == EXTRA
-
-
-def _listed(what: str, entries: Sequence[str]) -> str:
-    if not entries:
-        return ""
-    more = ", …" if len(entries) > SHOWN_KEYS else ""
-    return f"; {len(entries)} {what}: {', '.join(entries[:SHOWN_KEYS])}{more}"
+    return {key: value for key, value in state.items() if isinstance(value, Tensor) and not is_extra(key)}

@@ -165,7 +165,8 @@ def _with_weights(spec: ModelSpec) -> tuple[nn.Module, str | None]:
 
     It has not been run before it is filled, and not been in eval mode: some derive tensors from their parameters then.
     """
-    from pipeline.model.weights import fill, fits, load_state_dict, match_keys
+    from pipeline.model.keys import match_keys
+    from pipeline.model.weights import fill, fits, load_state_dict
 
     make = _maker(spec)
     if spec.weights.kind == "random":
