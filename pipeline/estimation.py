@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.verdict import Bound, readers_at_once
+from pipeline.verdict import Bound, are_few, readers_at_once
 
 RAY_CPU_S = 0.2e-3  # of a core per image: what Ray, the driver and the committer take (docs/performance.md)
 FORMAT = 2
@@ -64,7 +64,7 @@ def estimate(measured: Measured, sizes: list[int], price_per_hour: float | None 
     rates = stage_rates(measured, images, sizes)
     cpu = measured.device == "cpu"
     rate = min(rates["read"], rates["write"], rates["network"], _on_cores(rates, measured) if cpu else rates["decode"])
-    bound = _bound(rates, rate, cpu, _are_few(measured, sizes))
+    bound = _bound(rates, rate, cpu, are_few(len(sizes), measured.cores))
     seconds = measured.start_up_s + images / rate + measured.put_s
     feeding_s = measured.read_wait_s + measured.read_cpu_s + measured.decode_cpu_s + RAY_CPU_S
     return Estimate(
@@ -81,15 +81,10 @@ def estimate(measured: Measured, sizes: list[int], price_per_hour: float | None 
     )
 
 
-def _are_few(measured: Measured, sizes: list[int]) -> bool:
-    """Whether a run reads these shards in one stage and decodes in another (`flow.pieces`)."""
-    return len(sizes) < measured.cores
-
-
 def stage_rates(measured: Measured, images: int, sizes: list[int]) -> dict[str, float]:
     """Images/s of each stage if it were alone, on all that the run has. A shard is read by one process."""
     cpu_s = measured.read_cpu_s + measured.decode_cpu_s + RAY_CPU_S
-    reader_cpu_s = measured.read_cpu_s if _are_few(measured, sizes) else cpu_s
+    reader_cpu_s = measured.read_cpu_s if are_few(len(sizes), measured.cores) else cpu_s
     # One actor takes all cores of its node; what a second one there would add is not measured.
     devices = min(measured.nodes, measured.actors) if measured.device == "cpu" else measured.actors
     return {

@@ -26,6 +26,7 @@ from pipeline.planning import Task
 from pipeline.preparation import WAITING_CPUS, Job, Reading, decode_cpus
 from pipeline.rows import Row
 from pipeline.storage import Store
+from pipeline.verdict import are_few
 
 READ_TASK_BYTES = 64 * 2**20
 GPU_TASK_BYTES = 8 * READ_TASK_BYTES  # batches are as many times as large there, and what ends a task fills none
@@ -37,8 +38,9 @@ def pieces(tasks: Sequence[Task], job: Job, cluster: Cluster, notes: Notes) -> D
     """Shards to pieces. With fewer shards than cores, decoding is a map of its own, so that one large tar uses all
     cores; else it happens where the shard is read and no bytes travel."""
     chunks = _chunks(tasks, cluster.num_cpus, GPU_TASK_BYTES if job.settings.device == "cuda" else READ_TASK_BYTES)
+    has_few_shards = are_few(len(tasks), cluster.num_cpus)
     with DataContext.current(_context(job)):
-        if len(tasks) < cluster.num_cpus:
+        if has_few_shards:
             shards = _Shards(partial(_samples, reading=job.reading, notes=notes), chunks)
             samples = _read(shards, WAITING_CPUS)
             pixels = samples.map_batches(
@@ -55,7 +57,7 @@ def pieces(tasks: Sequence[Task], job: Job, cluster: Cluster, notes: Notes) -> D
         return pixels.map_batches_internal(
             ResNetPredictor,
             fn_constructor_args=(job.spec, job.info, job.settings, notes, job.decoder),
-            batch_size=_rows_at_once(job, len(tasks) < cluster.num_cpus),
+            batch_size=_rows_at_once(job, has_few_shards),
             batch_format="pyarrow",
             compute=ActorPoolStrategy(
                 size=job.num_actors, max_concurrent_calls_per_actor=CALLS, enable_true_multi_threading=True

@@ -77,13 +77,11 @@ def measure(config: JobConfig, spec: ModelSpec, dataset: Dataset, plan: Plan) ->
     """
     begun = time.monotonic()
     shards = [task.shard for task in plan.tasks]
+    chosen = spread(shards)
     with connected(config) as cluster:
         connect_s = time.monotonic() - begun
-        job = prepare(config, spec, cluster, shards)
-        if job.settings.engine == "compile":
-            wait_for(_like_an_actor(_load, job).remote(job))
-        begun = time.monotonic()  # what has been converted, tuned, calibrated and compiled by now, no run has to
-        chosen = spread(shards)
+        job = _settled(config, spec, cluster, shards)
+        begun = time.monotonic()
         _start(config, job, cluster, chosen)
         start_up_s = connect_s + time.monotonic() - begun + FLOW_S
         decoded = _decode(chosen, job, cluster)
@@ -119,6 +117,14 @@ def measure(config: JobConfig, spec: ModelSpec, dataset: Dataset, plan: Plan) ->
             commits_at_once=MAX_COMMITS * num_committers(cluster),
             model_fingerprint=job.spec.fingerprint,
         )
+
+
+def _settled(config: JobConfig, spec: ModelSpec, cluster: Cluster, shards: Sequence[Shard]) -> Job:
+    """The job, with all converted, tuned, calibrated and compiled that no run has to do again."""
+    job = prepare(config, spec, cluster, shards)
+    if job.settings.engine == "compile":
+        wait_for(_like_an_actor(_load, job).remote(job))
+    return job
 
 
 def _like_an_actor(function: Callable[..., Any], job: Job) -> Any:

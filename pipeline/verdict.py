@@ -55,6 +55,11 @@ def readers_at_once(sizes: Sequence[int]) -> float:
     return sum(sizes) / max(sizes) if any(sizes) else len(sizes)
 
 
+def are_few(shards: int, cores: int) -> bool:
+    """Whether a run reads so many shards in one stage and decodes in another, so that a single one uses all cores."""
+    return shards < cores
+
+
 def judge(usage: Usage) -> Verdict:
     """The first thing that was at its limit, looked at from the output to the input."""
     spent, seconds = usage.spent, max(usage.seconds, 1e-3)
@@ -68,8 +73,8 @@ def judge(usage: Usage) -> Verdict:
         "readers waiting for the store": min(spent.read_wait_s / readers, 1.0),
         "held up by writing": min(usage.write_s / seconds, 1.0),
     }
-    if usage.shards < usage.cores or usage.readers < usage.cores / FEW:
-        decoding = spent.decode_cpu_s if usage.shards >= usage.cores else 0.0  # else it is a stage of its own
+    if are_few(usage.shards, usage.cores) or usage.readers < usage.cores / FEW:
+        decoding = 0.0 if are_few(usage.shards, usage.cores) else spent.decode_cpu_s
         readers += min(usage.readers, usage.cores) * usage.start_up_s
         shares["readers at work"] = min((spent.read_wait_s + spent.read_cpu_s + decoding) / readers, 1.0)
     bound = _bound(shares, usage)
@@ -92,7 +97,7 @@ def _bound(shares: dict[str, float], usage: Usage) -> Bound:
     if not on_cpu and shares["actors at work"] >= BUSY:
         return "network"
     # With few shards reading is a stage of its own, and may wait while others compute what was read.
-    waits = usage.shards >= usage.cores and shares["readers waiting for the store"] >= WAITING
+    waits = not are_few(usage.shards, usage.cores) and shares["readers waiting for the store"] >= WAITING
     if waits or (shares.get("readers at work", 0.0) >= BUSY and _cores_at_work(shares, usage) < BUSY):
         return "read"
     if _cores_at_work(shares, usage) < IDLE:
