@@ -301,6 +301,7 @@ def test_a_network_that_fails_with_all_images_ends_the_run_with_a_sentence(
         ("AcceleratorError", "CUDNN_STATUS_ALLOC_FAILED"),
         ("AcceleratorError", "CUDA error: out of memory"),
         ("InductorError", "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"),
+        ("RuntimeError", "alloc_cpu.cpp: DefaultCPUAllocator: can't allocate memory: 9 bytes"),
         ("RuntimeError", "GET was unable to find an engine to execute this computation"),
     ],
 )
